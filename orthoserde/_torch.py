@@ -1,0 +1,166 @@
+"""The only user of torch's private names, each with what it is relied on for.
+
+Sources: torch/nn/modules/module.py, torch/nn/utils/parametrize.py, torch/nn/utils/parametrizations.py and
+torch/nn/modules/rnn.py, read in torch 2.3.1 to 2.15.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+OrthogonalModule: type[nn.Module] = parametrizations._Orthogonal
+WeightNormModule: type[nn.Module] = parametrizations._WeightNorm
+SpectralNormModule: type[nn.Module] = parametrizations._SpectralNorm
+
+#: Maps of ``parametrizations.orthogonal`` by name.
+ORTHOGONAL_MAPS: dict[str, Any] = dict(parametrizations._OrthMaps.__members__)
+
+# Wrappers that hold one module and no state of their own: module and name of the class, attribute of the wrapped module.
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside of ``torch.compile``, DDP, DataParallel and activation checkpointing, at any depth."""
+    while True:
+        for module_name, class_name, attribute in _WRAPPERS:
+            # A wrapper whose module was never imported cannot be here, so nothing is imported to ask.
+            wrapper = getattr(sys.modules.get(module_name), class_name, None)
+            if wrapper is not None and isinstance(module, wrapper):
+                module = cast("nn.Module", module._modules[attribute])
+                break
+        else:
+            return module
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether the module is the FullyShardedDataParallel wrapper, whose parameters are shards of flat ones."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
+    return wrapper is not None and isinstance(module, wrapper)
+
+
+def child_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Direct children by name; an overridden ``named_modules`` or ``named_children`` has no say."""
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters registered on this very module; an overridden ``named_parameters`` has no say."""
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Persistent buffers registered on this very module, with those that are None."""
+    hidden = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in module._buffers.items() if name not in hidden}
+
+
+def own_transient_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Non-persistent buffers registered on this very module."""
+    hidden = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in module._buffers.items() if name in hidden and buffer is not None}
+
+
+def set_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
+    """Put a tensor into a buffer's slot, without what ``__setattr__`` overrides would make of it."""
+    module._buffers[name] = buffer
+
+
+def saves_itself(module: nn.Module) -> bool:
+    """Whether the class has its own ``_save_to_state_dict``, so that its state may be elsewhere than in tensors."""
+    return type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
+
+
+def saved_by_itself(module: nn.Module) -> dict[str, object]:
+    """What the module's own ``_save_to_state_dict``, called on it alone, writes."""
+    destination: dict[str, object] = {}
+    module._save_to_state_dict(destination, "", keep_vars=True)
+    return destination
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether the class keeps extra state (``get_extra_state``)."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def overrides_dispatch(tensor: Tensor) -> bool:
+    """Whether a tensor subclass computes for itself (DTensor, quantized, fake), so that its memory is not its elements."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def parametrization_lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """ParametrizationLists of a module by tensor name, empty where it is not parametrized."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    lists = cast("nn.ModuleDict", module._modules["parametrizations"])
+    return {
+        name: child
+        for name, child in child_modules(lists).items()
+        if isinstance(child, parametrize.ParametrizationList)
+    }
+
+
+def original_names(parametrized: parametrize.ParametrizationList) -> list[str]:
+    """Names of the unconstrained tensors: ``original``, or ``original0``, ``original1``, ..."""
+    if parametrized.is_tensor:
+        return ["original"]
+    return [f"original{i}" for i in range(parametrized.ntensors)]
+
+
+def class_before_parametrizations(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before one of its tensors was parametrized."""
+    return cast("type[nn.Module]", parametrize.type_before_parametrizations(module))
+
+
+def forget_cached(module: nn.Module, tensor_name: str) -> None:
+    """Drop the value that ``parametrize.cached()`` holds for a tensor, which a load has made stale."""
+    parametrize._cache.pop((id(module), tensor_name), None)
+
+
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Let an RNN look its weights up again: it keeps its own list of them."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def release_flat_weights(module: nn.Module) -> None:
+    """Let an RNN drop its weak references to its weights, with which they could not be swapped."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = []
+        module._flat_weight_refs = []
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave the random generators (torch on every device in use, Python, NumPy) and inference mode as they are.
+
+    Inside of it new tensors are ordinary ones, also when the caller is in ``torch.inference_mode``.
+    """
+    numpy_random = sys.modules.get("numpy.random")
+    python_state = random.getstate()
+    numpy_state = numpy_random.get_state() if numpy_random is not None else None
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)

@@ -1,0 +1,135 @@
+"""`save` and `load`: they join the rooms and do nothing themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from orthoserde import storage
+from orthoserde.capture import capture
+from orthoserde.manifest import OPAQUE, Manifest
+from orthoserde.registry import Registry, default_registry
+from orthoserde.reports import LoadReport, SaveReport
+from orthoserde.restore import restore
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    registry: Registry | None = None,
+) -> SaveReport:
+    """Save a model, with the state and configuration of every parametrized tensor, to one safetensors file.
+
+    Nothing of the model is disturbed: no forward is evaluated, no buffer, gradient, mode, version counter or random
+    generator changes. When it returns, the file and its name are on the disk; until then the previous file is untouched.
+    The same state gives the same bytes.
+
+    Args:
+        model: Any module of ordinary tensors, on any device: each of any shape, and of dtype bool, (u)int8 to (u)int64,
+            float8_e4m3fn, float8_e5m2, float16, bfloat16, float32, float64, complex64 or complex128. ``torch.compile``,
+            DDP, DataParallel and activation checkpointing are looked through. Tied tensors are stored once.
+        path: The file to create or replace. A symbolic link is followed.
+        metadata: Strings of your own, kept in the file.
+        registry: Names of your classes; those of ``orthoserde.register`` by default.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        UnsupportedModuleError: The model holds state that would be lost (quantized modules, extra state, DTensors, lazy or
+            meta tensors, sparse layouts); every such place is listed, and nothing is written.
+        ConfigError: A registered class gives a configuration that is not JSON, or ``metadata`` holds other than strings.
+        FileAccessError: The system refused something; the previous file is untouched.
+        CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> model = orthogonal(torch.nn.Linear(8, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = orthoserde.save(model, f"{folder}/model.safetensors")
+        ...     other = orthogonal(torch.nn.Linear(8, 4))
+        ...     print(orthoserde.load(other, f"{folder}/model.safetensors").fidelity)
+        EXACT
+        >>> torch.equal(model.weight, other.weight)
+        True
+    """
+    with capture(model, registry or default_registry, metadata=metadata) as checkpoint:
+        file_bytes = storage.write(checkpoint, path)
+        return _save_report(checkpoint.manifest, os.fspath(path), file_bytes)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    reparametrize: bool = True,
+    device: torch.device | str | None = None,
+    verify: bool = True,
+    registry: Registry | None = None,
+) -> LoadReport:
+    """Load a file into a model, in place, or refuse and leave the model as it was.
+
+    Everything is checked first: names, shapes, dtypes, ties, the kind and configuration of every parametrization and
+    registered module, and every byte of the file. Then the elements are copied into the existing tensors, so that
+    parameters keep their identity (an optimizer built before goes on), strides, device, ``requires_grad`` and training
+    mode; random generators are not used. A buffer that is None (the ``base`` of an orthogonal parametrization registered on
+    the meta device) is made, with the strides it was saved with.
+
+    Args:
+        model: The module to load into.
+        path: A file written by :func:`save`, or a safetensors file of another library with the keys of a ``state_dict``;
+            such a file has no configuration, so its parametrized tensors are ``UNVERIFIED``.
+        strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported instead;
+            anything else that does not fit is refused all the same.
+        reparametrize: Where the file has a parametrized tensor and the model a plain one, attach the parametrization
+            (without ``right_inverse``, factorisation or random numbers). With False that is refused.
+        device: Where tensors on the meta device are placed, the CPU by default; no other tensor is moved.
+        verify: Read the file twice: check every digest before the first write, then read into place. With False a damaged
+            tensor is found only when it is read, and raises ``LoadInterruptedError``.
+        registry: Names of your classes; those of ``orthoserde.register`` by default.
+
+    Returns:
+        What was loaded; unpacks as ``missing_keys, unexpected_keys``.
+
+    Raises:
+        IncompatibleModelError: The file does not fit the model; everything that is wrong is listed.
+        CheckpointNotFoundError: There is no such file.
+        FileAccessError: The system refuses to open or read it.
+        FileFormatError: Not a safetensors file, a newer format (``FormatVersionError``), or damaged (``DamagedFileError``).
+        LoadInterruptedError: Reading failed after the first write: the one case in which the model is partly written.
+    """
+    with storage.read(path) as checkpoint:
+        return restore(
+            checkpoint,
+            model,
+            registry or default_registry,
+            strict=strict,
+            reparametrize=reparametrize,
+            device=device,
+            verify=verify,
+        )
+
+
+def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
+    reasons: list[str] = []
+    if manifest.aliases:
+        reasons.append("tied tensors are stored once")
+    if any(record.dtype == "complex128" for record in manifest.tensors.values()):
+        reasons.append("complex128 tensors are stored as pairs of float64")
+    return SaveReport(
+        path=path,
+        file_bytes=file_bytes,
+        tensors=len(manifest.tensors),
+        parametrized=len(manifest.parametrized),
+        aliases=dict(manifest.aliases),
+        left_out=manifest.left_out,
+        opaque=tuple(r.name for r in manifest.parametrized if any(link.kind == OPAQUE for link in r.chain)),
+        needs_orthoserde=tuple(reasons),
+    )

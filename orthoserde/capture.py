@@ -1,0 +1,168 @@
+"""nn.Module -> Checkpoint: a live view, from which nothing is copied and by which nothing is disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from orthoserde import _torch
+from orthoserde._version import __version__
+from orthoserde.checkpoint import Checkpoint, LiveTensor
+from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
+from orthoserde.manifest import (
+    DENSE,
+    OPAQUE,
+    Manifest,
+    ModuleRecord,
+    ParametrizationRecord,
+    ParametrizedRecord,
+    TensorRecord,
+)
+from orthoserde.parametrizations import codec_for_type
+from orthoserde.registry import Registry, own_tensors
+from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
+from orthoserde.tensor_bytes import dtype_name
+from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
+
+
+def capture(
+    model: nn.Module,
+    registry: Registry,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """Describe a model as a checkpoint that follows it until it is read.
+
+    Args:
+        model: Any module.
+        registry: Names of the user's classes.
+        metadata: The user's own strings.
+
+    Raises:
+        UnsupportedModuleError: The model holds state that would be lost; every such place is listed.
+        ConfigError: A registered class gives a configuration that is not JSON.
+    """
+    inventory = take_inventory(model)
+    problems = list(inventory.problems)
+    tensors, aliases = _unique_tensors(inventory)
+    problems += [problem for key, tensor in tensors.items() for problem in _storage_problems(key, tensor)]
+    if problems:
+        raise UnsupportedModuleError(f"cannot save {type(model).__qualname__} without losing state", problems)
+    manifest = Manifest(
+        tensors={key: _record(tensor, inventory.slots[key].parameter) for key, tensor in tensors.items()},
+        aliases=aliases,
+        parametrized=tuple(_parametrized_record(tensor, registry) for tensor in inventory.parametrized),
+        modules=tuple(_module_records(inventory, registry)),
+        metadata=_checked_metadata(metadata or {}),
+        writer={"orthoserde": __version__, "torch": str(torch.__version__)},
+    )
+    sources = {key: LiveTensor(tensors[key].detach()) for key in manifest.tensors}
+    return Checkpoint(manifest, sources, type(model).__qualname__)
+
+
+def _unique_tensors(inventory: Inventory) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by their first key, and the other keys of tensors that are the same memory seen the same way."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for key, slot in inventory.slots.items():
+        if slot.tensor is None:
+            continue
+        kept = first.setdefault(identity(slot.tensor), key)
+        if kept == key:
+            tensors[key] = slot.tensor
+        else:
+            aliases[key] = kept
+    return tensors, aliases
+
+
+def _storage_problems(key: str, tensor: Tensor) -> list[Problem]:
+    if tensor.device.type == "meta":
+        return [Problem(key, "unsupported", "on the meta device, where it has no values; load or initialise it first")]
+    if key in FORBIDDEN_TENSOR_KEYS:
+        return [Problem(key, "unsupported", "this name has another meaning in safetensors files; rename the tensor")]
+    try:
+        key.encode("utf-8")
+    except UnicodeEncodeError:
+        return [Problem(repr(key), "unsupported", "the name is not valid Unicode; rename it")]
+    return []
+
+
+def _record(tensor: Tensor, parameter: bool) -> TensorRecord:
+    return TensorRecord(dtype_name(tensor.dtype), tuple(tensor.shape), tuple(tensor.stride()), parameter)
+
+
+def _parametrized_record(tensor: ParametrizedTensor, registry: Registry) -> ParametrizedRecord:
+    chain = tuple(link_record(parametrization, registry) for parametrization in tensor.parametrizations)
+    shape = weight_shape(tensor, registry)
+    dtype = None if shape is None and tensor.unsafe else dtype_name(list(tensor.originals.values())[-1].dtype)
+    return ParametrizedRecord(
+        module=tensor.module_path,
+        tensor_name=tensor.tensor_name,
+        aliases=tensor.aliases,
+        shape=None if shape is None else tuple(shape),
+        dtype=dtype,
+        parameter=tensor.parameter,
+        unsafe=tensor.unsafe,
+        originals=dict.fromkeys(tensor.originals, DENSE),
+        chain=chain,
+    )
+
+
+def link_record(parametrization: nn.Module, registry: Registry) -> ParametrizationRecord:
+    """What the manifest says of one parametrization.
+
+    Raises:
+        ConfigError: Its codec gives a configuration that is not JSON, or overlooks some of its tensors.
+    """
+    parametrization = _torch.unwrap(parametrization)
+    cls = _torch.class_before_parametrizations(parametrization)
+    codec = codec_for_type(registry, cls)
+    roles = own_tensors(parametrization)
+    if codec is None:
+        return ParametrizationRecord(OPAQUE, 1, None, class_name(cls), dict.fromkeys(roles, DENSE))
+    claimed = codec.tensors(parametrization)
+    if claimed.keys() != roles.keys():
+        raise ConfigError(
+            f"{codec.kind}: its codec names the tensors {sorted(claimed)}, the module has {sorted(roles)}"
+        )
+    return ParametrizationRecord(
+        codec.kind, codec.version, codec.config(parametrization), None, dict.fromkeys(roles, DENSE)
+    )
+
+
+def class_name(cls: type) -> str:
+    """How an unregistered class is recorded: ``module:qualname``."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def weight_shape(tensor: ParametrizedTensor, registry: Registry) -> torch.Size | None:
+    """Shape of the computed tensor; None where only running it would tell."""
+    shapes: dict[str, torch.Size] = {name: original.shape for name, original in tensor.originals.items()}
+    shape: torch.Size | None = None
+    for parametrization in tensor.parametrizations:
+        codec = codec_for_type(registry, _torch.class_before_parametrizations(_torch.unwrap(parametrization)))
+        shape = None if codec is None else codec.shape(shapes)
+        if shape is None:
+            return None
+        shapes = {"original": shape}
+    return shape
+
+
+def _module_records(inventory: Inventory, registry: Registry) -> list[ModuleRecord]:
+    records: list[ModuleRecord] = []
+    links = {id(link) for tensor in inventory.parametrized for link in tensor.parametrizations}
+    for path, module in inventory.modules.items():
+        codec = registry.for_type(_torch.class_before_parametrizations(module))
+        if codec is not None and id(module) not in links:
+            records.append(ModuleRecord(path, codec.kind, codec.version, codec.config(module)))
+    return records
+
+
+def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(f"metadata: expected strings, got {key!r}: {type(value).__name__}")
+    return dict(metadata)

@@ -1,0 +1,143 @@
+"""Every exception and warning that orthoserde raises on purpose.
+
+One family, :class:`OrthoserdeError`. Each class is also the builtin that torch and safetensors users already catch:
+``RuntimeError`` for a model that does not fit, ``ValueError`` for a file that is not sound, ``OSError`` for the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+ProblemKind = Literal["missing", "unexpected", "mismatch", "unsupported"]
+
+#: A message shows this many problems; the ``problems`` attribute holds all of them.
+SHOWN_PROBLEMS = 40
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that keeps a checkpoint from fitting a model.
+
+    Attributes:
+        where: Dotted name of the module or tensor, ``""`` for the whole model.
+        kind: ``"missing"`` (the model has it, the file does not), ``"unexpected"`` (the other way round),
+            ``"mismatch"`` (both have it and disagree), ``"unsupported"`` (it cannot be saved or restored at all).
+        text: What was expected, what was found, and what to do.
+    """
+
+    where: str
+    kind: ProblemKind
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where or '(model)'}: {self.text}"
+
+
+class OrthoserdeError(Exception):
+    """Base of every error that orthoserde raises on purpose."""
+
+
+class RegistrationError(OrthoserdeError, ValueError):
+    """A class or codec cannot be registered: the name or the class is taken, or the name is malformed."""
+
+
+class ConfigError(OrthoserdeError, ValueError):
+    """A configuration cannot be turned into JSON, upgraded, or built into a module again."""
+
+
+class UnsupportedModuleError(OrthoserdeError, RuntimeError):
+    """The model holds state that cannot be saved or restored without losing some of it.
+
+    Attributes:
+        problems: Every piece of state that is in the way.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message, tuple(problems))
+        self.message = message
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return render(self.message, self.problems)
+
+
+class IncompatibleModelError(OrthoserdeError, RuntimeError):
+    """The checkpoint and the model do not fit. The model has not been changed.
+
+    Attributes:
+        problems: Everything that does not fit.
+        missing_keys: Tensor names that the model has and the file does not.
+        unexpected_keys: Tensor names that the file has and the model does not.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message, tuple(problems))
+        self.message = message
+        self.problems = tuple(problems)
+        self.missing_keys = [problem.where for problem in problems if problem.kind == "missing"]
+        self.unexpected_keys = [problem.where for problem in problems if problem.kind == "unexpected"]
+
+    def __str__(self) -> str:
+        return render(self.message, self.problems)
+
+
+class FileFormatError(OrthoserdeError, ValueError):
+    """The file is not a checkpoint that this version can read, or it is damaged. Nothing has been changed."""
+
+
+class DamagedFileError(FileFormatError):
+    """A digest does not match: bytes of the file are not the bytes that were saved. Nothing has been changed."""
+
+
+class FormatVersionError(FileFormatError):
+    """The file was written in a newer format than this version of orthoserde reads.
+
+    Attributes:
+        found: Format version of the file.
+        supported: Highest format version that this orthoserde reads.
+    """
+
+    def __init__(self, message: str, found: int, supported: int) -> None:
+        super().__init__(message, found, supported)
+        self.message = message
+        self.found = found
+        self.supported = supported
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class FileAccessError(OrthoserdeError, OSError):
+    """The operating system refused to read or write the file; ``errno`` and ``filename`` say what and where.
+
+    When it comes from ``save``, the previous file under that name is untouched.
+    """
+
+
+class CheckpointNotFoundError(FileAccessError, FileNotFoundError):
+    """There is no file at the given path."""
+
+
+class CommitUncertainError(FileAccessError):
+    """The new file stands under its name, but the system did not confirm that its name is durable.
+
+    It is readable now; after a power cut either the new or the previous file may be found.
+    """
+
+
+class LoadInterruptedError(OrthoserdeError, RuntimeError):
+    """Loading stopped after its first write: **the model is partly written** and must be loaded again or discarded.
+
+    Everything that can be checked is checked before the first write. What remains are a disk that fails, a file that
+    changes, or an interrupt while the tensors are being copied. The original exception is the ``__cause__``.
+    """
+
+
+def render(message: str, problems: Sequence[Problem]) -> str:
+    """Join a headline and its problems into a readable message, one line each."""
+    shown = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        shown.append(f"  - ... and {len(problems) - SHOWN_PROBLEMS} more (see the problems attribute)")
+    return "\n".join([message, *shown])

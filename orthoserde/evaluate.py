@@ -1,0 +1,43 @@
+"""The computed tensor and its distance from the constraint, from state alone.
+
+The parametrizations of the model are not run: spectral_norm's would move its buffers, a user's might draw random numbers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from orthoserde import _torch
+from orthoserde.parametrizations import codec_for_type
+from orthoserde.registry import Codec, Registry
+from orthoserde.walk import ParametrizedTensor
+
+
+def codecs_of(tensor: ParametrizedTensor, registry: Registry) -> list[Codec | None]:
+    """The codec of each of its parametrizations, None for an unregistered class."""
+    return [
+        codec_for_type(registry, _torch.class_before_parametrizations(_torch.unwrap(parametrization)))
+        for parametrization in tensor.parametrizations
+    ]
+
+
+def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
+    """The computed tensor, without a graph; None where a class or its configuration is not known."""
+    current = {name: original.detach() for name, original in tensor.originals.items()}
+    weight: Tensor | None = None
+    with _torch.undisturbed():
+        for parametrization, codec in zip(tensor.parametrizations, codecs_of(tensor, registry), strict=True):
+            config = None if codec is None else codec.config(parametrization)
+            if codec is None or config is None:
+                return None
+            own = {role: value.detach() for role, value in codec.tensors(parametrization).items()}
+            weight = codec.compute(config, {**current, **own})
+            current = {"original": weight}
+    return weight
+
+
+def residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:
+    """Distance of the computed tensor from its last parametrization's constraint; None where there is none to measure."""
+    last = codecs_of(tensor, registry)[-1]
+    weight = computed(tensor, registry)
+    return None if last is None or weight is None else last.residual(weight)

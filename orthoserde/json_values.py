@@ -1,0 +1,114 @@
+"""Canonical JSON: one text for one value, and a strict way back.
+
+Files are compared and digested as bytes, so the text must not depend on the order of a dict. And a file is a stranger's
+text, so reading it refuses what JSON leaves open: duplicate keys, NaN, lone surrogates, integers beyond 64 bits, depth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Union
+
+from orthoserde.errors import ConfigError, FileFormatError
+
+JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]
+
+#: Integers outside of this are not read or written: other readers could not hold them.
+INT_LIMIT = 2**63
+
+MAX_DEPTH = 64
+
+
+def encode(value: JSON) -> str:
+    """Write a JSON value as canonical text: sorted keys, no spaces, no escapes but those that JSON demands."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def encode_in_order(value: JSON) -> str:
+    """Write a JSON value as :func:`encode` does, but with the keys of objects in their own order."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def decode(text: str | bytes, where: str) -> JSON:
+    """Read strict JSON.
+
+    Args:
+        text: The text; bytes are UTF-8.
+        where: What is being read, for messages.
+
+    Raises:
+        FileFormatError: Not JSON, or not of the strict sort described above.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value: JSON = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_bounded_int,
+            parse_float=_finite_float,
+        )
+        return to_json(value)
+    except (ValueError, ConfigError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise FileFormatError(f"{where}: not valid JSON: {reason}") from error
+
+
+def to_json(value: object, depth: int = 0) -> JSON:
+    """Copy a value made of JSON types; tuples become lists.
+
+    Raises:
+        ConfigError: Something in it is not JSON, or cannot be written to a file and read back unchanged.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"nested deeper than {MAX_DEPTH} levels")
+    if value is None or isinstance(value, bool):
+        return value
+    # Exact types: a subclass (an IntEnum, a torch.Size) would come back as something else than it was.
+    if type(value) is int:
+        if not -INT_LIMIT <= value < INT_LIMIT:
+            raise ConfigError("an integer needs more than 64 bits")
+        return value
+    if type(value) is float:
+        if not math.isfinite(value):
+            raise ConfigError(f"{value} is not a JSON number")
+        return value
+    if type(value) is str:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError("a string is not valid Unicode (lone surrogate)") from error
+        return value
+    if type(value) in (list, tuple):
+        assert isinstance(value, (list, tuple))
+        return [to_json(item, depth + 1) for item in value]
+    if isinstance(value, Mapping) and all(type(key) is str for key in value):
+        return {str(to_json(key)): to_json(item, depth + 1) for key, item in value.items()}
+    raise ConfigError(f"a value of type {type(value).__name__!r} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, JSON]]) -> JSON:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> JSON:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("an integer needs more than 64 bits")
+    return int(digits)
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number

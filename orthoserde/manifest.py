@@ -1,0 +1,452 @@
+"""The manifest: frozen values that say what each stored tensor means, and their canonical JSON.
+
+`docs/reference/file-format.md` is the normative text of what is encoded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from orthoserde import tensor_bytes
+from orthoserde.errors import FileFormatError, FormatVersionError
+from orthoserde.json_values import JSON
+
+#: The format version that this package writes, and the highest that it reads.
+FORMAT_VERSION = 1
+
+#: The kind of a parametrization whose class is not registered: its state is kept, its configuration is not known.
+OPAQUE = "opaque"
+
+#: A stored tensor that is the whole tensor, as opposed to a compressed form of it.
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One stored tensor.
+
+    Attributes:
+        dtype: Name without ``torch.``, such as ``"float32"``.
+        shape: Shape of the tensor.
+        stride: Strides, in elements, that the tensor had in memory; the stored bytes are row-major.
+        parameter: Whether it was an ``nn.Parameter`` (else a buffer).
+        digest: XXH3-128 of the stored bytes, 32 hexadecimal digits; None while it has not been computed.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    parameter: bool
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class ParametrizationRecord:
+    """One link of a chain of parametrizations.
+
+    Attributes:
+        kind: Registered name, ``"torch>orthogonal"``, or ``"opaque"``.
+        version: Version of the kind's configuration.
+        config: All that the tensors leave out; None where it is not known.
+        class_name: For an opaque link, ``module:qualname`` of its class, compared but never imported; else None.
+        tensors: Encoding of each tensor of its own, by role (the name within the parametrization).
+    """
+
+    kind: str
+    version: int
+    config: Mapping[str, JSON] | None
+    class_name: str | None
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ParametrizedRecord:
+    """One parametrized tensor of a module.
+
+    Attributes:
+        module: Dotted path of the module, ``""`` for the root.
+        tensor_name: Name of the tensor, such as ``"weight"``.
+        aliases: Other paths of the same module object.
+        shape: Shape of the computed tensor; None where only running the parametrization would tell.
+        dtype: dtype name of the computed tensor; None where only running the parametrization would tell.
+        parameter: Whether the tensor was an ``nn.Parameter`` before it was parametrized (else a buffer).
+        unsafe: Whether it was registered with ``unsafe=True``.
+        originals: Encoding of each unconstrained tensor by name: ``original``, or ``original0``, ``original1``, ...
+        chain: The parametrizations in the order in which they are applied.
+    """
+
+    module: str
+    tensor_name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    parameter: bool
+    unsafe: bool
+    originals: Mapping[str, str]
+    chain: tuple[ParametrizationRecord, ...]
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the parametrized tensor, such as ``"layers.0.weight"``."""
+        return join(self.module, self.tensor_name)
+
+    def original_key(self, name: str) -> str:
+        """Key of an unconstrained tensor, the one torch's ``state_dict`` gives it."""
+        return join(self.module, "parametrizations", self.tensor_name, name)
+
+    def link_key(self, index: int, role: str) -> str:
+        """Key of a tensor of the parametrization at ``index``, the one torch's ``state_dict`` gives it."""
+        return join(self.module, "parametrizations", self.tensor_name, str(index), role)
+
+    def keys(self) -> list[str]:
+        """Keys of all its tensors."""
+        own = [self.original_key(name) for name in self.originals]
+        return own + [self.link_key(i, role) for i, link in enumerate(self.chain) for role in link.tensors]
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """One module of a registered class.
+
+    Attributes:
+        path: Dotted path of the module, ``""`` for the root.
+        kind: Registered name of its class.
+        version: Version of the kind's configuration.
+        config: Constructor configuration; None where it is not known.
+    """
+
+    path: str
+    kind: str
+    version: int
+    config: Mapping[str, JSON] | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: Stored tensors by key, in the order in which they are stored.
+        aliases: Other keys of stored tensors: tied tensors are stored once.
+        parametrized: Every parametrized tensor.
+        modules: Every module of a registered class.
+        left_out: Keys that the saved model had and a selection left out.
+        metadata: The user's own strings.
+        writer: Versions of the libraries that wrote it, by name.
+        has_configuration: False for a file that some other library wrote: names, shapes and values are all it says.
+    """
+
+    tensors: Mapping[str, TensorRecord]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    parametrized: tuple[ParametrizedRecord, ...] = ()
+    modules: tuple[ModuleRecord, ...] = ()
+    left_out: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    writer: Mapping[str, str] = field(default_factory=dict)
+    has_configuration: bool = True
+
+    def kept_key(self, key: str) -> str:
+        """The key under which a tensor is stored, given that key or an alias."""
+        return self.aliases.get(key, key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors or key in self.aliases
+
+
+def join(*parts: str) -> str:
+    """Join parts of a dotted path, leaving out empty ones."""
+    return ".".join(part for part in parts if part)
+
+
+def encode_manifest(manifest: Manifest) -> JSON:
+    """Turn a manifest into JSON.
+
+    Raises:
+        ValueError: A digest has not been computed yet.
+    """
+    tensors: dict[str, JSON] = {}
+    for key, record in manifest.tensors.items():
+        if record.digest is None:
+            raise ValueError(f"{key}: the digest has not been computed")
+        tensors[key] = {
+            "digest": record.digest,
+            "dtype": record.dtype,
+            "parameter": record.parameter,
+            "shape": list(record.shape),
+            "stride": list(record.stride),
+        }
+    return {
+        "aliases": dict(manifest.aliases),
+        "digest": tensor_bytes.DIGEST,
+        "left_out": list(manifest.left_out),
+        "metadata": dict(manifest.metadata),
+        "modules": [
+            {"config": _config(rec.config), "kind": rec.kind, "path": rec.path, "version": rec.version}
+            for rec in manifest.modules
+        ],
+        "parametrized": [_encode_parametrized(record) for record in manifest.parametrized],
+        "tensors": tensors,
+        "training": None,
+        "version": FORMAT_VERSION,
+        "writer": dict(manifest.writer),
+    }
+
+
+def _config(config: Mapping[str, JSON] | None) -> JSON:
+    return None if config is None else dict(config)
+
+
+def _encode_parametrized(record: ParametrizedRecord) -> JSON:
+    return {
+        "aliases": list(record.aliases),
+        "chain": [
+            {
+                "class": link.class_name,
+                "config": _config(link.config),
+                "kind": link.kind,
+                "tensors": dict(link.tensors),
+                "version": link.version,
+            }
+            for link in record.chain
+        ],
+        "dtype": record.dtype,
+        "module": record.module,
+        "originals": dict(record.originals),
+        "parameter": record.parameter,
+        "shape": None if record.shape is None else list(record.shape),
+        "tensor": record.tensor_name,
+        "unsafe": record.unsafe,
+    }
+
+
+def decode_manifest(value: JSON, where: str) -> Manifest:
+    """Turn JSON into a manifest, checking every field.
+
+    Args:
+        value: As :func:`orthoserde.json_values.decode` returned it.
+        where: The file, for messages.
+
+    Raises:
+        FormatVersionError: A newer format version, a field, digest or encoding that this version does not know.
+        FileFormatError: A field is missing, of another type, or contradicts another one.
+    """
+    top = _Fields(value, where, "manifest")
+    version = top.integer("version")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{where}: written in format version {version}, this orthoserde reads up to {FORMAT_VERSION}; "
+            "upgrade orthoserde",
+            version,
+            FORMAT_VERSION,
+        )
+    if version < 1:
+        raise top.error("version", "an integer from 1", version)
+    digest = top.string("digest")
+    if digest != tensor_bytes.DIGEST:
+        raise top.error("digest", repr(tensor_bytes.DIGEST), digest)
+    if top.take("training") is not None:
+        raise top.error("training", "null (training state needs a newer orthoserde)", "an object")
+    tensors = {
+        key: _decode_tensor(_Fields(item, where, f"tensors[{key!r}]")) for key, item in top.mapping("tensors").items()
+    }
+    manifest = Manifest(
+        tensors=tensors,
+        aliases=top.strings("aliases"),
+        parametrized=tuple(
+            _decode_parametrized(_Fields(item, where, f"parametrized[{i}]"))
+            for i, item in enumerate(top.sequence("parametrized"))
+        ),
+        modules=tuple(
+            _decode_module(_Fields(item, where, f"modules[{i}]")) for i, item in enumerate(top.sequence("modules"))
+        ),
+        left_out=top.string_list("left_out"),
+        metadata=top.strings("metadata"),
+        writer=top.strings("writer"),
+    )
+    top.finish()
+    _check_references(manifest, where)
+    return manifest
+
+
+def _decode_tensor(fields: _Fields) -> TensorRecord:
+    record = TensorRecord(
+        dtype=fields.string("dtype"),
+        shape=fields.sizes("shape"),
+        stride=fields.sizes("stride"),
+        parameter=fields.boolean("parameter"),
+        digest=fields.string("digest"),
+    )
+    fields.finish()
+    if record.dtype not in tensor_bytes.DTYPES:
+        raise fields.error("dtype", "a dtype that torch has", record.dtype)
+    if len(record.stride) != len(record.shape):
+        raise fields.error("stride", f"{len(record.shape)} strides", len(record.stride))
+    digest = record.digest or ""
+    if len(digest) != 32 or not set(digest) <= set("0123456789abcdef"):
+        raise fields.error("digest", "32 hexadecimal digits", digest[:64])
+    return record
+
+
+def _decode_parametrized(fields: _Fields) -> ParametrizedRecord:
+    record = ParametrizedRecord(
+        module=fields.string("module"),
+        tensor_name=fields.string("tensor"),
+        aliases=fields.string_list("aliases"),
+        shape=None if fields.peek("shape") is None else fields.sizes("shape"),
+        dtype=None if fields.peek("dtype") is None else fields.string("dtype"),
+        parameter=fields.boolean("parameter"),
+        unsafe=fields.boolean("unsafe"),
+        originals=fields.encodings("originals"),
+        chain=tuple(
+            _decode_link(_Fields(item, fields.where, f"{fields.path}.chain[{i}]"))
+            for i, item in enumerate(fields.sequence("chain"))
+        ),
+    )
+    fields.drop("shape", "dtype")
+    fields.finish()
+    count = len(record.originals)
+    names = {"original"} if set(record.originals) == {"original"} else {f"original{i}" for i in range(count)}
+    if set(record.originals) != names or not count:
+        raise fields.error("originals", "original, or original0, original1, ...", sorted(record.originals)[:8])
+    if not record.chain:
+        raise fields.error("chain", "at least one parametrization", "none")
+    return record
+
+
+def _decode_link(fields: _Fields) -> ParametrizationRecord:
+    kind = fields.string("kind")
+    class_name = None if fields.peek("class") is None else fields.string("class")
+    config = None if fields.peek("config") is None else fields.mapping("config")
+    link = ParametrizationRecord(kind, fields.integer("version"), config, class_name, fields.encodings("tensors"))
+    fields.drop("class", "config")
+    fields.finish()
+    if (kind == OPAQUE) != (class_name is not None):
+        raise fields.error("class", "a name for an opaque parametrization, else null", class_name)
+    return link
+
+
+def _decode_module(fields: _Fields) -> ModuleRecord:
+    config = None if fields.peek("config") is None else fields.mapping("config")
+    record = ModuleRecord(fields.string("path"), fields.string("kind"), fields.integer("version"), config)
+    fields.drop("config")
+    fields.finish()
+    return record
+
+
+def _check_references(manifest: Manifest, where: str) -> None:
+    for key, kept in manifest.aliases.items():
+        if kept not in manifest.tensors or key in manifest.tensors:
+            raise FileFormatError(f"{where}: aliases[{key!r}]: expected the key of a stored tensor, got {kept!r}")
+    seen: set[str] = set()
+    for record in manifest.parametrized:
+        if record.name in seen:
+            raise FileFormatError(f"{where}: {record.name!r} stands twice among the parametrized tensors")
+        seen.add(record.name)
+        for key in record.keys():
+            if key not in manifest:
+                raise FileFormatError(f"{where}: {record.name}: the file holds no tensor {key!r}")
+    if len({record.path for record in manifest.modules}) != len(manifest.modules):
+        raise FileFormatError(f"{where}: a module stands twice in the manifest")
+
+
+class _Fields:
+    """Takes the fields of a JSON object one by one, each checked for its type; what is left over is an error."""
+
+    def __init__(self, value: JSON, where: str, path: str) -> None:
+        self.where = where
+        self.path = path
+        if not isinstance(value, dict):
+            raise FileFormatError(f"{where}: {path}: expected an object, got {_type_name(value)}")
+        self._left = dict(value)
+
+    def error(self, name: str, expected: str, got: object) -> FileFormatError:
+        return FileFormatError(f"{self.where}: {self.path}.{name}: expected {expected}, got {got!r}")
+
+    def peek(self, name: str) -> JSON:
+        if name not in self._left:
+            raise FileFormatError(f"{self.where}: {self.path}: the field {name!r} is missing")
+        return self._left[name]
+
+    def take(self, name: str) -> JSON:
+        value = self.peek(name)
+        del self._left[name]
+        return value
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            self._left.pop(name, None)
+
+    def finish(self) -> None:
+        if self._left:
+            names = ", ".join(repr(name) for name in sorted(self._left)[:8])
+            raise FormatVersionError(
+                f"{self.where}: {self.path}: unknown field {names}; the file needs a newer orthoserde",
+                FORMAT_VERSION,
+                FORMAT_VERSION,
+            )
+
+    def string(self, name: str) -> str:
+        value = self.take(name)
+        if not isinstance(value, str):
+            raise self.error(name, "a string", _type_name(value))
+        return value
+
+    def boolean(self, name: str) -> bool:
+        value = self.take(name)
+        if not isinstance(value, bool):
+            raise self.error(name, "true or false", _type_name(value))
+        return value
+
+    def integer(self, name: str) -> int:
+        value = self.take(name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(name, "an integer", _type_name(value))
+        return value
+
+    def sequence(self, name: str) -> list[JSON]:
+        value = self.take(name)
+        if not isinstance(value, list):
+            raise self.error(name, "a list", _type_name(value))
+        return value
+
+    def mapping(self, name: str) -> dict[str, JSON]:
+        value = self.take(name)
+        if not isinstance(value, dict):
+            raise self.error(name, "an object", _type_name(value))
+        return value
+
+    def strings(self, name: str) -> dict[str, str]:
+        value = self.mapping(name)
+        if not all(isinstance(item, str) for item in value.values()):
+            raise self.error(name, "strings", "something else among its values")
+        return cast("dict[str, str]", value)
+
+    def encodings(self, name: str) -> dict[str, str]:
+        value = self.strings(name)
+        for role, encoding in value.items():
+            if encoding != DENSE:
+                raise FormatVersionError(
+                    f"{self.where}: {self.path}.{name}.{role}: the encoding {encoding!r} needs a newer orthoserde",
+                    FORMAT_VERSION,
+                    FORMAT_VERSION,
+                )
+        return value
+
+    def string_list(self, name: str) -> tuple[str, ...]:
+        value = self.sequence(name)
+        if not all(isinstance(item, str) for item in value):
+            raise self.error(name, "a list of strings", "something else in it")
+        return tuple(cast("list[str]", value))
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        value = self.sequence(name)
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value):
+            raise self.error(name, "a list of integers from 0", "something else in it")
+        return tuple(cast("list[int]", value))
+
+
+def _type_name(value: JSON) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

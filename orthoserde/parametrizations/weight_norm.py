@@ -1,0 +1,63 @@
+"""``torch.nn.utils.parametrizations.weight_norm``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from orthoserde import _torch
+from orthoserde.errors import ConfigError
+from orthoserde.json_values import JSON
+
+
+class WeightNormCodec:
+    """Codec of torch's weight normalisation: ``weight = original0 * original1 / norm(original1)``.
+
+    Shapes: ``original1`` (the direction) is that of the weight, ``original0`` (the magnitude) has size 1 in every dimension
+    but ``dim``; it is a scalar for ``dim=None``, which torch keeps as -1. dtypes: any floating, preserved.
+
+    Source: torch/nn/utils/parametrizations.py, ``_WeightNorm`` (torch 2.13); Salimans and Kingma 2016, arXiv:1602.07868.
+    """
+
+    type = _torch.WeightNormModule
+    kind = "torch>weight_norm"
+    version = 1
+
+    def config(self, parametrization: nn.Module) -> dict[str, JSON]:
+        """``dim``."""
+        return {"dim": int(parametrization.dim)}  # type: ignore[arg-type]
+
+    def build(self, config: Mapping[str, JSON], like: Tensor | None) -> nn.Module:
+        """Make the parametrization, which holds no tensors.
+
+        Raises:
+            ConfigError: ``dim`` is not an integer.
+        """
+        dim = config.get("dim")
+        if type(dim) is not int or set(config) != {"dim"}:
+            raise ConfigError(f"{self.kind}: not a configuration of this torch: {dict(config)}")
+        return self.type(dim)
+
+    def tensors(self, parametrization: nn.Module) -> dict[str, Tensor]:
+        """None of its own."""
+        return {}
+
+    def compute(self, config: Mapping[str, JSON], tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight, with torch's own forward."""
+        with torch.no_grad():
+            weight: Tensor = self.build(config, None)(tensors["original0"], tensors["original1"])
+        return weight
+
+    def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size | None:
+        """That of ``original1``, the direction."""
+        return originals["original1"]
+
+    def residual(self, weight: Tensor) -> float | None:
+        """Every weight is the norm and direction of itself: there is no constraint."""
+        return None
+
+    def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
+        """There is one version."""
+        raise ConfigError(f"{self.kind}: no version {from_version} is known")

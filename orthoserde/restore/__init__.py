@@ -1,0 +1,84 @@
+"""Checkpoint -> nn.Module: plan, check everything, apply."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from orthoserde import _torch, evaluate
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import IncompatibleModelError, Problem
+from orthoserde.registry import Registry
+from orthoserde.reports import LoadReport, TensorReport
+from orthoserde.restore.apply import apply
+from orthoserde.restore.check import check_digests, check_ties
+from orthoserde.restore.plan import Outcome, Plan
+from orthoserde.restore.planner import make_plan
+from orthoserde.walk import take_inventory
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    registry: Registry,
+    *,
+    strict: bool = True,
+    reparametrize: bool = True,
+    device: torch.device | str | None = None,
+    verify: bool = True,
+) -> LoadReport:
+    """Load a checkpoint into a model, in place. The arguments are those of ``orthoserde.load``.
+
+    Raises:
+        IncompatibleModelError: The checkpoint does not fit; everything that is wrong is listed, nothing has changed.
+        DamagedFileError: A digest does not match; nothing has changed.
+        LoadInterruptedError: Reading failed after the first write.
+    """
+    where = torch.device("cpu") if device is None else torch.device(device)
+    if where.type == "meta":
+        raise ValueError("device: expected a device with memory, got 'meta'")
+    with _torch.undisturbed():
+        plan = make_plan(checkpoint.manifest, model, registry, strict=strict, reparametrize=reparametrize, device=where)
+        _refuse(checkpoint, model, plan, strict)
+        if verify:
+            check_digests(checkpoint)
+        check_ties(checkpoint, plan)
+        _refuse(checkpoint, model, plan, strict)
+        apply(checkpoint, plan)
+    reports = {outcome.name: _report(outcome, registry) for outcome in plan.outcomes}
+    return LoadReport(
+        path=checkpoint.origin,
+        missing_keys=plan.missing,
+        unexpected_keys=plan.unexpected,
+        tensors=reports,
+        fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
+        notes=tuple(plan.notes),
+    )
+
+
+def _refuse(checkpoint: Checkpoint, model: nn.Module, plan: Plan, strict: bool) -> None:
+    problems = list(plan.problems)
+    if strict:
+        problems += [Problem(key, "missing", "in the model, not in the file") for key in plan.missing]
+        problems += [Problem(key, "unexpected", "in the file, not in the model") for key in plan.unexpected]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        name = _torch.class_before_parametrizations(_torch.unwrap(model)).__qualname__
+        raise IncompatibleModelError(f"{checkpoint.origin} does not fit {name}, nothing was loaded; {count}:", problems)
+
+
+def _report(outcome: Outcome, registry: Registry) -> TensorReport:
+    measure = functools.partial(_residual, outcome.module, outcome.tensor_name, registry)
+    return TensorReport(outcome.name, outcome.fidelity, outcome.action, measure)
+
+
+def _residual(module: nn.Module, tensor_name: str, registry: Registry) -> float | None:
+    for tensor in take_inventory(module).parametrized:
+        if tensor.module is module and tensor.tensor_name == tensor_name:
+            return evaluate.residual(tensor, registry)
+    return None
+
+
+__all__ = ["restore"]

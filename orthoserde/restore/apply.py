@@ -1,0 +1,75 @@
+"""Carry a plan out: everything that can fail first, then the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from orthoserde import _torch
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import DamagedFileError, LoadInterruptedError
+from orthoserde.restore.plan import Make, Plan
+from orthoserde.tensor_bytes import empty_like_recorded
+
+
+def apply(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Load.
+
+    New tensors are allocated and filled before the model changes. Then meta tensors are replaced and parametrizations
+    attached, which can be undone, and last the existing tensors are overwritten, which cannot.
+
+    Raises:
+        LoadInterruptedError: Reading failed, or was interrupted, after the first existing tensor was overwritten.
+    """
+    made = [(make, _made(checkpoint, make)) for make in plan.makes]
+    for write in plan.writes:
+        if write.fresh:
+            _fill(checkpoint, write.stored, write.target)
+    _change_structure(plan, made)
+    try:
+        for write in plan.writes:
+            if not write.fresh:
+                _fill(checkpoint, write.stored, write.target)
+    except BaseException as error:
+        raise LoadInterruptedError(
+            f"{checkpoint.origin}: loading stopped half-way ({type(error).__name__}): the model is partly written; "
+            "load it again or discard it"
+        ) from error
+    for outcome in plan.outcomes:
+        _torch.forget_cached(outcome.module, outcome.tensor_name)
+
+
+def _made(checkpoint: Checkpoint, make: Make) -> Tensor:
+    record = checkpoint.manifest.tensors[make.stored]
+    tensor = empty_like_recorded(record.shape, record.stride, make.dtype, make.device)
+    _fill(checkpoint, make.stored, tensor)
+    return tensor
+
+
+def _fill(checkpoint: Checkpoint, stored: str, target: Tensor) -> None:
+    digest = checkpoint.manifest.tensors[stored].digest
+    found = checkpoint.sources[stored].fill(target)
+    if digest is not None and found != digest:
+        raise DamagedFileError(f"{checkpoint.origin}: {stored} changed while it was read")
+
+
+def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:
+    undo: list[Callable[[], None]] = []
+    for rnn in plan.rnns:
+        _torch.release_flat_weights(rnn)
+    try:
+        for make, tensor in made:
+            make.place(tensor)
+        for attachment in plan.attachments:
+            undo.append(attachment.attach())
+    except BaseException as error:
+        for step in reversed(undo):
+            step()
+        raise LoadInterruptedError(
+            f"the model could not be changed ({type(error).__name__}: {error}): meta tensors may have been replaced already; "
+            "load it again or discard it"
+        ) from error
+    finally:
+        for rnn in plan.rnns:
+            _torch.refresh_flat_weights(rnn)

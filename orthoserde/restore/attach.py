@@ -1,0 +1,146 @@
+"""Give a bare module its parametrizations back, from the file's configuration: no right_inverse, no factorisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from orthoserde import _torch
+from orthoserde.errors import ConfigError, Problem
+from orthoserde.json_values import JSON
+from orthoserde.manifest import OPAQUE, ParametrizationRecord, ParametrizedRecord, TensorRecord
+from orthoserde.parametrizations import codec_for_kind
+from orthoserde.registry import Registry
+from orthoserde.tensor_bytes import DTYPES
+
+
+@dataclass
+class Attachment:
+    """Parametrizations that are built and wait to be attached to a module.
+
+    Attributes:
+        record: What the file says of the tensor.
+        module: The bare module.
+        bare: Its plain tensor.
+        links: The parametrizations, in order.
+        originals: Unconstrained tensors that torch will make new parameters of; empty where ``bare`` itself becomes the
+            original and keeps its identity.
+    """
+
+    record: ParametrizedRecord
+    module: nn.Module
+    bare: Tensor
+    links: tuple[nn.Module, ...]
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def keeps_parameter(self) -> bool:
+        """Whether the plain tensor keeps its identity, so that an optimizer built before goes on with it."""
+        return len(self.record.originals) == 1
+
+    def attach(self) -> Callable[[], None]:
+        """Attach the parametrizations; return what undoes it."""
+        undo = _snapshot(self.module)
+        try:
+            holder = nn.Identity() if not self.originals else _Given(tuple(self.originals.values()))
+            name = self.record.tensor_name
+            parametrize.register_parametrization(self.module, name, holder, unsafe=True)
+            parametrized = _torch.parametrization_lists(self.module)[name]
+            parametrized[0] = self.links[0]
+            for link in self.links[1:]:
+                parametrized.append(link)
+            parametrized.unsafe = self.record.unsafe
+            for link in self.links:
+                link.train(self.module.training)
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+
+class _Given(nn.Module):
+    """Stands in while torch registers a parametrization, and hands it the originals instead of computing them."""
+
+    def __init__(self, originals: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self._originals = originals
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        return originals[0]
+
+    def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self._originals[0] if len(self._originals) == 1 else self._originals
+
+
+def _snapshot(module: nn.Module) -> Callable[[], None]:
+    """Remember what registering a parametrization changes on a module; the result puts it back."""
+    cls = type(module)
+    tables = (module._parameters, module._buffers, module._modules)
+    copies = [dict(table) for table in tables]
+
+    def undo() -> None:
+        module.__class__ = cls
+        for table, copy in zip(tables, copies, strict=True):
+            table.clear()
+            table.update(copy)  # type: ignore[arg-type]
+
+    return undo
+
+
+def build_links(
+    record: ParametrizedRecord, bare: Tensor, stored: Mapping[str, TensorRecord], registry: Registry
+) -> tuple[nn.Module, ...] | list[Problem]:
+    """Build the parametrizations of a tensor for a bare module.
+
+    Args:
+        record: What the file says of the tensor.
+        bare: The plain tensor of the module.
+        stored: Records of the file's tensors by key, aliases resolved.
+        registry: The user's classes.
+
+    Returns:
+        The parametrizations, or what keeps them from being built.
+    """
+    if record.shape is not None and record.shape != tuple(bare.shape):
+        text = f"the file has shape {list(record.shape)}, the model {list(bare.shape)}"
+        return [Problem(record.name, "mismatch", text)]
+    first = stored[record.original_key(next(iter(record.originals)))]
+    like = _shaped_like(first.shape, DTYPES[first.dtype], bare.device)
+    links: list[nn.Module] = []
+    problems: list[Problem] = []
+    for link in record.chain:
+        try:
+            links.append(_build_link(link, like, registry))
+        except ConfigError as error:
+            problems.append(Problem(record.name, "mismatch", str(error)))
+        like = _shaped_like(tuple(bare.shape), DTYPES[first.dtype], bare.device)
+    return problems or tuple(links)
+
+
+def _build_link(link: ParametrizationRecord, like: Tensor, registry: Registry) -> nn.Module:
+    codec = codec_for_kind(registry, link.kind)
+    name = link.class_name if link.kind == OPAQUE else link.kind
+    if codec is None:
+        raise ConfigError(
+            f"the model's tensor is plain, the file has it parametrized by {name}, which is not registered in this process; "
+            "register the class, or parametrize the module before loading"
+        )
+    if link.config is None:
+        raise ConfigError(
+            f"the file does not say how {name} was configured, so it cannot be built; parametrize the module before loading"
+        )
+    if link.version > codec.version:
+        raise ConfigError(f"the file has version {link.version} of {name}, this process version {codec.version}")
+    config: dict[str, JSON] = dict(link.config)
+    if link.version < codec.version:
+        config = codec.upgrade(config, link.version)
+    return codec.build(config, like)
+
+
+def _shaped_like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that has a shape, dtype and device, and hardly any memory."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape)

@@ -1,0 +1,100 @@
+"""What can only be checked by reading: digests, and stored tensors that must agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import DamagedFileError
+from orthoserde.reports import shorten
+from orthoserde.restore.plan import Plan, Write
+from orthoserde.tensor_bytes import digest_of, iter_bytes
+from orthoserde.walk import identity
+
+
+def check_digests(checkpoint: Checkpoint) -> None:
+    """Read every tensor of a checkpoint once.
+
+    Raises:
+        DamagedFileError: Bytes are not those that were saved; every damaged tensor is named.
+    """
+    damaged = [
+        key
+        for key, record in checkpoint.manifest.tensors.items()
+        if record.digest is not None and digest_of(checkpoint.sources[key].blocks()) != record.digest
+    ]
+    if damaged:
+        raise DamagedFileError(
+            f"{checkpoint.origin}: the bytes of {len(damaged)} tensors are not those that were saved "
+            f"({shorten(damaged)}); nothing was loaded, use another copy of the file"
+        )
+
+
+def check_ties(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Find stored tensors that differ although they go into the same elements of the model."""
+    for tie in plan.ties:
+        digests = {_digest(checkpoint, key) for key in tie.stored}
+        if len(digests) > 1:
+            plan.mismatch(tie.key, f"one tensor in the model, different ones in the file: {shorten(tie.stored)}")
+    for cluster in _overlapping([write for write in plan.writes if not write.fresh]):
+        if not _agree(checkpoint, cluster):
+            names = shorten([write.key for write in cluster])
+            plan.mismatch(cluster[0].key, f"shares memory in the model with tensors that differ in the file: {names}")
+
+
+def _digest(checkpoint: Checkpoint, key: str) -> str:
+    return checkpoint.manifest.tensors[key].digest or digest_of(checkpoint.sources[key].blocks())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte of a tensor in memory."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _overlapping(writes: list[Write]) -> Iterator[list[Write]]:
+    """Groups of writes whose spans of memory overlap, two or more in each."""
+    spans = [
+        (str(write.target.device), *_span(write.target), write)
+        for write in writes
+        if write.target.numel() and write.target.data_ptr()
+    ]
+    cluster: list[Write] = []
+    device, end = "", 0
+    for where, start, stop, write in sorted(spans, key=lambda item: item[:3]):
+        if where == device and start < end:
+            cluster.append(write)
+            end = max(end, stop)
+            continue
+        if len(cluster) > 1:
+            yield cluster
+        cluster, device, end = [write], where, stop
+    if len(cluster) > 1:
+        yield cluster
+
+
+def _agree(checkpoint: Checkpoint, cluster: list[Write]) -> bool:
+    """Whether writing all of them, in scratch memory that is shared the same way, leaves each with its own values."""
+    if len({identity(write.target) for write in cluster}) == 1:
+        return len({_digest(checkpoint, write.stored) for write in cluster}) == 1
+    spans = [_span(write.target) for write in cluster]
+    base = min(start for start, _ in spans) // 16 * 16
+    scratch = torch.empty(math.ceil((max(stop for _, stop in spans) - base) / 16) * 16, dtype=torch.uint8, device="cpu")
+    views = [
+        torch.as_strided(
+            scratch.view(write.target.dtype),
+            write.target.shape,
+            write.target.stride(),
+            (start - base) // write.target.element_size(),
+        )
+        for write, (start, _) in zip(cluster, spans, strict=True)
+    ]
+    wanted: list[str] = []
+    for write, view in zip(cluster, views, strict=True):
+        checkpoint.sources[write.stored].fill(view)
+        wanted.append(digest_of(iter_bytes(view)))
+    return wanted == [digest_of(iter_bytes(view)) for view in views]

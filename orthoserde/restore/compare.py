@@ -1,0 +1,111 @@
+"""Whether the classes and configurations of a file are those of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from orthoserde import _torch
+from orthoserde.errors import ConfigError, Problem
+from orthoserde.json_values import JSON
+from orthoserde.manifest import OPAQUE, ModuleRecord, ParametrizationRecord, ParametrizedRecord
+from orthoserde.parametrizations import codec_for_type
+from orthoserde.registry import Codec, Registry
+from orthoserde.reports import Fidelity
+from orthoserde.walk import ParametrizedTensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison found: problems, or how far the two sides can be trusted to mean the same."""
+
+    problems: tuple[Problem, ...]
+    fidelity: Fidelity
+
+
+def compare_chain(record: ParametrizedRecord, tensor: ParametrizedTensor, registry: Registry) -> Verdict:
+    """Compare the parametrizations of a tensor in the file with those of the model."""
+    where = record.name
+    links = [_torch.unwrap(link) for link in tensor.parametrizations]
+    if len(links) != len(record.chain):
+        text = f"the file has {_kinds(record)}, the model {_classes(links)}; parametrize the model as it was saved"
+        return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
+    problems: list[Problem] = []
+    fidelity = Fidelity.EXACT
+    for stored, link in zip(record.chain, links, strict=True):
+        verdict = _compare_link(where, stored, link, registry)
+        problems += verdict.problems
+        fidelity = min(fidelity, verdict.fidelity)
+    if not problems and set(record.originals) != set(tensor.originals):
+        text = f"the file has {sorted(record.originals)}, the model {sorted(tensor.originals)}"
+        problems.append(Problem(where, "mismatch", text))
+    return Verdict(tuple(problems), fidelity)
+
+
+def compare_module(record: ModuleRecord, module: nn.Module, registry: Registry) -> Verdict:
+    """Compare a registered module of the file with the module that stands in its place."""
+    cls = _torch.class_before_parametrizations(module)
+    codec = registry.for_type(cls)
+    return _compare_config(record.path, record.kind, record.version, record.config, codec, module)
+
+
+def _compare_link(where: str, stored: ParametrizationRecord, link: nn.Module, registry: Registry) -> Verdict:
+    cls = _torch.class_before_parametrizations(link)
+    codec = codec_for_type(registry, cls)
+    if stored.kind != OPAQUE:
+        return _compare_config(where, stored.kind, stored.version, stored.config, codec, link)
+    # The module part of the name changes when a script is imported instead of run, so only the rest is compared.
+    saved_name = (stored.class_name or "").partition(":")[2]
+    if saved_name != cls.__qualname__:
+        text = f"the file has the parametrization {saved_name}, the model {cls.__qualname__}"
+        return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
+    return Verdict((), Fidelity.UNVERIFIED)
+
+
+def _compare_config(
+    where: str,
+    kind: str,
+    version: int,
+    config: Mapping[str, JSON] | None,
+    codec: Codec | None,
+    module: nn.Module,
+) -> Verdict:
+    def mismatch(text: str) -> Verdict:
+        return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
+
+    if codec is None:
+        cls = _torch.class_before_parametrizations(module)
+        return mismatch(
+            f"the file has {kind}, the model the unregistered {cls.__qualname__}; register it or use {kind}"
+        )
+    if codec.kind != kind:
+        return mismatch(f"the file has {kind}, the model {codec.kind}")
+    if version > codec.version:
+        return mismatch(f"the file has version {version} of {kind}, this process version {codec.version}; upgrade it")
+    ours = codec.config(module)
+    if config is None or ours is None:
+        return Verdict((), Fidelity.UNVERIFIED)
+    theirs: Mapping[str, JSON] = config
+    if version < codec.version:
+        try:
+            theirs = codec.upgrade(dict(config), version)
+        except ConfigError as error:
+            return mismatch(str(error))
+    problems = tuple(
+        Problem(
+            where, "mismatch", f"{kind}: {name} is {theirs.get(name)!r} in the file, {ours.get(name)!r} in the model"
+        )
+        for name in sorted(theirs.keys() | ours.keys())
+        if name not in theirs or name not in ours or theirs[name] != ours[name]
+    )
+    return Verdict(problems, Fidelity.EXACT)
+
+
+def _kinds(record: ParametrizedRecord) -> str:
+    return ", then ".join(link.class_name or link.kind for link in record.chain)
+
+
+def _classes(links: list[nn.Module]) -> str:
+    return ", then ".join(_torch.class_before_parametrizations(link).__qualname__ for link in links)

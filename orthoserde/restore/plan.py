@@ -1,0 +1,107 @@
+"""The plan of a load: what goes where, and everything that does not fit. Making one changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from orthoserde.errors import Problem
+from orthoserde.reports import Fidelity
+from orthoserde.restore.attach import Attachment
+
+
+@dataclass(frozen=True)
+class Write:
+    """Elements of a stored tensor that go into an existing one, in place.
+
+    Attributes:
+        key: Key in the model.
+        stored: Key in the file.
+        target: The tensor to overwrite.
+        fresh: Whether the target is not yet part of the model, so that writing it changes nothing.
+    """
+
+    key: str
+    stored: str
+    target: Tensor
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class Make:
+    """A stored tensor for which a new one is made: the model has None or a meta tensor in its place.
+
+    Attributes:
+        key: Key in the model.
+        stored: Key in the file.
+        dtype: dtype of the new tensor.
+        device: Device of the new tensor.
+        place: Puts the new tensor into the model.
+    """
+
+    key: str
+    stored: str
+    dtype: torch.dtype
+    device: torch.device
+    place: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Tensors of the file that go into the same elements of the model, and so must agree."""
+
+    key: str
+    stored: tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What will be reported of one parametrized tensor."""
+
+    name: str
+    module: nn.Module
+    tensor_name: str
+    fidelity: Fidelity
+    action: str
+
+
+@dataclass
+class Plan:
+    """All that a load would do, and all that keeps it from doing it.
+
+    Attributes:
+        writes: Tensors to overwrite in place.
+        makes: Tensors to make.
+        ties: Stored tensors that must agree.
+        attachments: Parametrizations to attach to bare modules.
+        problems: What keeps the load from being done at all.
+        missing: Keys that the model has and the file does not.
+        unexpected: Keys that the file has and the model does not.
+        outcomes: What will be reported of each parametrized tensor.
+        fidelity: The worst over everything else.
+        notes: What else the caller should know.
+        rnns: RNN modules with meta weights, whose own lists of them must be made anew.
+    """
+
+    writes: list[Write] = field(default_factory=list)
+    makes: list[Make] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    attachments: list[Attachment] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    fidelity: Fidelity = Fidelity.EXACT
+    notes: list[str] = field(default_factory=list)
+    rnns: list[nn.Module] = field(default_factory=list)
+
+    def mismatch(self, where: str, text: str) -> None:
+        """Record that the file and the model disagree."""
+        self.problems.append(Problem(where, "mismatch", text))
+
+    def lower(self, fidelity: Fidelity) -> None:
+        """Record that something was restored no more faithfully than this."""
+        self.fidelity = min(self.fidelity, fidelity)

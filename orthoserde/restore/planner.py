@@ -1,0 +1,402 @@
+"""Pair everything in the model with what the file has."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from orthoserde import _torch
+from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
+from orthoserde.registry import Registry
+from orthoserde.reports import RESTORED, Fidelity
+from orthoserde.restore.attach import Attachment, build_links
+from orthoserde.restore.compare import compare_chain, compare_module
+from orthoserde.restore.plan import Make, Outcome, Plan, Tie, Write
+from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap
+from orthoserde.walk import ParametrizedTensor, Slot, identity, take_inventory
+
+
+@dataclass
+class Owner:
+    """The parametrized tensor that a tensor is part of: where its parts live, and what becomes of their dtype."""
+
+    outcome: Outcome | None
+    device: torch.device
+    dtype: torch.dtype
+    stored_dtype: str | None
+
+
+def make_plan(
+    manifest: Manifest,
+    model: nn.Module,
+    registry: Registry,
+    *,
+    strict: bool,
+    reparametrize: bool,
+    device: torch.device,
+) -> Plan:
+    """Plan a load.
+
+    Args:
+        manifest: What the file holds.
+        model: The module to load into; it is not changed.
+        registry: The user's classes.
+        strict: Whether a tie of the file that the model does not have is a problem.
+        reparametrize: Whether bare tensors get their parametrizations back.
+        device: Where meta tensors are placed.
+    """
+    planner = _Planner(manifest, model, registry, device)
+    planner.match_parametrized(reparametrize)
+    planner.match_modules(strict)
+    if not strict:
+        planner.match_wholes()
+    planner.match_tensors()
+    planner.match_ties(strict)
+    planner.collect_leftovers()
+    return planner.plan
+
+
+class _Planner:
+    """Holds what the steps share. Each step takes what it can explain off the table; what is left does not fit."""
+
+    def __init__(self, manifest: Manifest, model: nn.Module, registry: Registry, device: torch.device) -> None:
+        inventory = take_inventory(model)
+        self.plan = Plan(problems=list(inventory.problems))
+        self.manifest = manifest
+        self.registry = registry
+        self.device = device
+        self.modules = inventory.modules
+        self.parametrized = inventory.parametrized
+        self.transient = inventory.transient
+        self.slots: dict[str, Slot] = dict(inventory.slots)
+        self.file_parts = _parts_by_prefix([*manifest.tensors, *manifest.aliases])
+        self.model_parts = _parts_by_prefix(self.slots)
+        self.owners: dict[str, Owner] = {}
+        self.fresh: set[int] = set()
+        #: Keys that need no further word: a step has matched them, or said what is wrong with them.
+        self.settled: set[str] = set()
+
+    def _stored(self, key: str) -> TensorRecord:
+        return self.manifest.tensors[self.manifest.kept_key(key)]
+
+    def _settle(self, prefixes: Iterable[str]) -> None:
+        for prefix in prefixes:
+            self.settled.add(prefix)
+            self.settled.update(self.file_parts.get(prefix, ()))
+            self.settled.update(self.model_parts.get(prefix, ()))
+
+    # Parametrized tensors
+
+    def match_parametrized(self, reparametrize: bool) -> None:
+        live = {(id(tensor.module), tensor.tensor_name): tensor for tensor in self.parametrized}
+        recorded: set[int] = set()
+        for record in self.manifest.parametrized:
+            module = next(
+                (self.modules[path] for path in (record.module, *record.aliases) if path in self.modules), None
+            )
+            if module is None:
+                # Parts of a parametrization that is about to be attached are among them, when it is parametrized itself.
+                continue
+            tensor = live.get((id(module), record.tensor_name))
+            if tensor is None:
+                self._match_bare(record, module, reparametrize)
+            else:
+                recorded.add(id(tensor))
+                self._match_live(record, tensor)
+        for tensor in self.parametrized:
+            if id(tensor) not in recorded:
+                self._match_unrecorded(tensor)
+
+    def _match_live(self, record: ParametrizedRecord, tensor: ParametrizedTensor) -> None:
+        verdict = compare_chain(record, tensor, self.registry)
+        self.plan.problems += verdict.problems
+        self._own_live(tensor, verdict.fidelity, RESTORED)
+        if verdict.problems:
+            self._settle(_prefixes(tensor))
+
+    def _match_bare(self, record: ParametrizedRecord, module: nn.Module, reparametrize: bool) -> None:
+        name = record.tensor_name
+        bare = {**_torch.own_buffers(module), **_torch.own_parameters(module)}.get(name)
+        if bare is None:
+            return  # the model has no such tensor: its keys are unexpected
+        paths = [path for path, candidate in self.modules.items() if candidate is module]
+        plain_keys = [join(path, name) for path in paths]
+        if not reparametrize:
+            kinds = ", then ".join(link.class_name or link.kind for link in record.chain)
+            self.plan.mismatch(
+                record.name,
+                f"parametrized in the file ({kinds}), plain in the model; parametrize it, or let load do it",
+            )
+        links = build_links(record, bare, {key: self._stored(key) for key in record.keys()}, self.registry)
+        if isinstance(links, list) or not reparametrize:
+            self.plan.problems += links if isinstance(links, list) else []
+            self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
+            return
+        attachment = Attachment(record, module, bare, links)
+        self.plan.attachments.append(attachment)
+        first = self._stored(record.original_key(next(iter(record.originals))))
+        outcome = Outcome(record.name, module, name, Fidelity.EXACT, "parametrization attached")
+        self.plan.outcomes.append(outcome)
+        prefix = join(record.module, "parametrizations", name)
+        self.owners[prefix] = Owner(outcome, bare.device, bare.dtype, first.dtype)
+        for key in plain_keys:
+            self.slots.pop(key, None)
+        for i, link in enumerate(links):
+            self._adopt(link, join(prefix, str(i)))
+        if set(record.originals) == {"original"} and first.shape == tuple(bare.shape):
+            key = record.original_key("original")
+            self.slots[key] = Slot(key, module, name, bare, isinstance(bare, nn.Parameter))
+        else:
+            for original in record.originals:
+                self._make_original(attachment, original, self.owners[prefix])
+        if not attachment.keeps_parameter:
+            outcome.action += ", as new parameters"
+            self.plan.notes.append(f"{record.name}: its parameters are new; build the optimizer after the load")
+        # The same module object under other paths: its file keys are aliases of those that were matched.
+        self._settle(join(path, "parametrizations", name) for path in paths if path != record.module)
+
+    def _adopt(self, link: nn.Module, prefix: str) -> None:
+        """Take the tensors of a parametrization that is about to be attached into the plan."""
+        inventory = take_inventory(link, prefix)
+        self.plan.problems += inventory.problems
+        self.slots |= inventory.slots
+        self.fresh |= {id(module) for module in inventory.modules.values()}
+
+    def _make_original(self, attachment: Attachment, name: str, owner: Owner) -> None:
+        key = attachment.record.original_key(name)
+        dtype = self._target_dtype(key, owner)
+
+        def place(tensor: Tensor) -> None:
+            attachment.originals[name] = tensor
+
+        if dtype is not None:
+            self.plan.makes.append(Make(key, self.manifest.kept_key(key), dtype, self._place_for(owner), place))
+        self.settled.add(key)
+
+    def _match_unrecorded(self, tensor: ParametrizedTensor) -> None:
+        """A tensor that is parametrized in the model, and of whose parametrization the file says nothing."""
+        prefixes = _prefixes(tensor)
+        plain = [join(path, tensor.tensor_name) for path in (tensor.module_path, *tensor.aliases)]
+        classes = ", then ".join(type(_torch.unwrap(link)).__qualname__ for link in tensor.parametrizations)
+        if any(prefix in self.file_parts for prefix in prefixes):
+            if self.manifest.has_configuration:
+                self.plan.mismatch(tensor.name, "the file has its tensors, but no record of its parametrization")
+                self._settle(prefixes)
+            else:
+                self._own_live(tensor, Fidelity.UNVERIFIED, f"{RESTORED}; the file has no configuration to check")
+        elif any(name in self.manifest for name in plain):
+            self.plan.mismatch(
+                tensor.name,
+                f"parametrized in the model ({classes}), plain in the file; load into the plain model, then parametrize it",
+            )
+            self._settle([*prefixes, *plain])
+
+    def _own_live(self, tensor: ParametrizedTensor, fidelity: Fidelity, action: str) -> None:
+        outcome = Outcome(tensor.name, tensor.module, tensor.tensor_name, fidelity, action)
+        self.plan.outcomes.append(outcome)
+        first = next(iter(tensor.originals.values()), None)
+        if first is not None:
+            key = join(_prefixes(tensor)[0], next(iter(tensor.originals)))
+            stored = self._stored(key).dtype if key in self.manifest else None
+            for prefix in _prefixes(tensor):
+                self.owners[prefix] = Owner(outcome, first.device, first.dtype, stored)
+
+    def match_wholes(self) -> None:
+        """The parts of one parametrized tensor belong together: half of them is a mismatch, however lenient the load."""
+        for tensor in self.parametrized:
+            prefixes = _prefixes(tensor)
+            theirs = _local(self.file_parts, prefixes)
+            ours = _local(self.model_parts, prefixes)
+            required = {part for part, key in ours.items() if self.slots[key].tensor is not None}
+            if theirs and not set(prefixes) & self.settled and not required <= theirs.keys() <= ours.keys():
+                odd = sorted((required - theirs.keys()) | (theirs.keys() - ours.keys()))
+                self.plan.mismatch(tensor.name, f"only part of its state is on both sides: {', '.join(odd)} is not")
+                self._settle(prefixes)
+
+    # Modules
+
+    def match_modules(self, strict: bool) -> None:
+        recorded: set[int] = set()
+        for record in self.manifest.modules:
+            module = self.modules.get(record.path)
+            if module is not None:
+                recorded.add(id(module))
+                verdict = compare_module(record, module, self.registry)
+                self.plan.problems += verdict.problems
+                self.plan.lower(verdict.fidelity)
+            elif strict and not any(record.path.startswith(f"{prefix}.") for prefix in self.owners):
+                self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
+        for module in self.modules.values():
+            cls = _torch.class_before_parametrizations(module)
+            if id(module) not in recorded and self.registry.for_type(cls) is not None and not self._is_link(module):
+                self.plan.lower(Fidelity.UNVERIFIED)
+
+    def _is_link(self, module: nn.Module) -> bool:
+        return any(module is _torch.unwrap(link) for tensor in self.parametrized for link in tensor.parametrizations)
+
+    # Tensors
+
+    def match_tensors(self) -> None:
+        groups: dict[object, list[Slot]] = {}
+        for slot in self.slots.values():
+            place = (id(slot.module), slot.name) if slot.tensor is None else id(slot.tensor)
+            groups.setdefault(place, []).append(slot)
+        for slots in groups.values():
+            open_slots = [slot for slot in slots if slot.key not in self.settled]
+            found = [slot for slot in open_slots if slot.key in self.manifest]
+            if found:
+                self._match_tensor(found, slots)
+            elif slots[0].tensor is not None:
+                left_out = set(self.manifest.left_out)
+                self.plan.missing += [slot.key for slot in open_slots if slot.key not in left_out]
+
+    def _match_tensor(self, found: list[Slot], slots: list[Slot]) -> None:
+        slot, tensor = found[0], found[0].tensor
+        owner = self._owner_of(slot.key)
+        if tensor is None and (owner is None or slot.key in self.plan.missing):
+            return  # None by intention (a BatchNorm without running statistics): the key is unexpected
+        self.settled.update(each.key for each in slots)
+        stored = list(dict.fromkeys(self.manifest.kept_key(each.key) for each in found))
+        if len(stored) > 1:
+            self.plan.ties.append(Tie(slot.key, tuple(stored)))
+        record = self._stored(slot.key)
+        if tensor is None:
+            assert owner is not None
+            dtype = self._target_dtype(slot.key, owner)
+            device = self._place_for(owner)
+        else:
+            if record.shape != tuple(tensor.shape):
+                text = f"shape {list(record.shape)} in the file, {list(tensor.shape)} in the model"
+                self.plan.mismatch(slot.key, text)
+                return
+            dtype = self._checked_dtype(slot.key, tensor.dtype, owner)
+            device = tensor.device if owner is None or tensor.device.type != "meta" else self._place_for(owner)
+        if dtype is None:
+            return
+        if tensor is not None and tensor.device.type != "meta":
+            fresh = id(slot.module) in self.fresh
+            if may_overlap(tensor):
+                self.plan.mismatch(slot.key, "its elements share memory (an expanded tensor), so it cannot be written")
+            self.plan.writes.append(Write(slot.key, stored[0], tensor, fresh))
+            return
+        if device.type == "meta":
+            device = self.device
+        self._plan_make(Make(slot.key, stored[0], dtype, device, _placer(slots)), slots)
+
+    def _plan_make(self, make: Make, slots: list[Slot]) -> None:
+        tensor = slots[0].tensor
+        if isinstance(tensor, nn.Parameter):
+            rnns = [slot.module for slot in slots if isinstance(slot.module, nn.RNNBase)]
+            self.plan.rnns += rnns
+            if weakref.getweakrefs(tensor) and not rnns:
+                self.plan.mismatch(
+                    make.key, "a meta parameter with weak references cannot be replaced; drop them first"
+                )
+        self.plan.makes.append(make)
+
+    def _owner_of(self, key: str) -> Owner | None:
+        return next((self.owners[prefix] for prefix in reversed(_prefixes_in(key)) if prefix in self.owners), None)
+
+    def _place_for(self, owner: Owner) -> torch.device:
+        return self.device if owner.device.type == "meta" else owner.device
+
+    def _target_dtype(self, key: str, owner: Owner) -> torch.dtype | None:
+        """dtype of a tensor that is made: that of the file, or where the model's originals have another one, theirs."""
+        record = self._stored(key)
+        same = record.dtype == owner.stored_dtype
+        return self._checked_dtype(key, owner.dtype if same else DTYPES[record.dtype], owner)
+
+    def _checked_dtype(self, key: str, dtype: torch.dtype, owner: Owner | None) -> torch.dtype | None:
+        record, target = self._stored(key), dtype_name(dtype)
+        if record.dtype == target:
+            return dtype
+        if not is_lossless(record.dtype, target):
+            text = f"{record.dtype} in the file, {target} in the model, which cannot hold it exactly; use a {record.dtype} model"
+            self.plan.mismatch(key, text)
+            return None
+        if owner is not None and owner.outcome is not None:
+            owner.outcome.fidelity = min(owner.outcome.fidelity, Fidelity.UNVERIFIED)
+            owner.outcome.action = f"{record.dtype} restored as {target}"
+        self.plan.lower(Fidelity.UNVERIFIED)
+        return dtype
+
+    # Ties and the rest
+
+    def match_ties(self, strict: bool) -> None:
+        """A parameter that is one in the file and two in the model would train as two."""
+        if not self.manifest.has_configuration:
+            return
+        for alias, kept in self.manifest.aliases.items():
+            ours, theirs = self.slots.get(alias), self.slots.get(kept)
+            if ours is None or theirs is None or ours.tensor is None or theirs.tensor is None:
+                continue
+            both = ours.parameter and theirs.parameter
+            if both and ours.tensor is not theirs.tensor and identity(ours.tensor) != identity(theirs.tensor):
+                text = f"tied to {kept} in the file, a separate parameter in the model"
+                if strict:
+                    self.plan.mismatch(
+                        alias, f"{text}; tie them before loading, or load equal copies with strict=False"
+                    )
+                else:
+                    self.plan.lower(Fidelity.UNVERIFIED)
+                    self.plan.notes.append(f"{alias}: {text}; both have its values now")
+
+    def collect_leftovers(self) -> None:
+        everything = [*self.manifest.tensors, *self.manifest.aliases]
+        self.plan.unexpected = [key for key in everything if key not in self.settled]
+        stranded = [key for key, buffer in self.transient.items() if buffer.device.type == "meta"]
+        if stranded:
+            self.plan.notes.append(
+                f"still on the meta device, because non-persistent buffers are in no checkpoint: {', '.join(stranded[:5])}"
+            )
+
+
+def _placer(slots: list[Slot]) -> _Place:
+    return _Place(tuple(slots))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Puts a new tensor into slots that hold None or one meta tensor."""
+
+    slots: tuple[Slot, ...]
+
+    def __call__(self, tensor: Tensor) -> None:
+        old = self.slots[0].tensor
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            new.__class__ = type(old)
+            vars(new).update(vars(old))
+            # The object stays: an optimizer, a tie or a list that holds it goes on holding the right one.
+            torch.utils.swap_tensors(old, new)
+        else:
+            for slot in self.slots:
+                _torch.set_buffer(slot.module, slot.name, tensor)
+
+
+def _prefixes(tensor: ParametrizedTensor) -> list[str]:
+    paths = (tensor.module_path, *tensor.aliases)
+    return [join(path, "parametrizations", tensor.tensor_name) for path in paths]
+
+
+def _prefixes_in(key: str) -> list[str]:
+    """Every ``path.parametrizations.name`` that a key begins with, the shortest first."""
+    parts = key.split(".")
+    return [".".join(parts[: i + 2]) for i in range(len(parts) - 2) if parts[i] == "parametrizations"]
+
+
+def _parts_by_prefix(keys: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        for prefix in _prefixes_in(key):
+            found.setdefault(prefix, []).append(key)
+    return found
+
+
+def _local(parts: Mapping[str, list[str]], prefixes: list[str]) -> dict[str, str]:
+    """Names within a parametrized tensor, with the key of each."""
+    return {key.removeprefix(f"{prefix}."): key for prefix in prefixes for key in parts.get(prefix, ())}

@@ -1,0 +1,92 @@
+"""Replace a file as a whole or not at all, durably.
+
+The new bytes go to a temporary file beside the target, are forced to the disk, and take the target's name in one step, whose
+own durability is then forced too. Until that step the previous file is untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from orthoserde.errors import CommitUncertainError, FileAccessError
+
+#: Between the target's name and a random suffix in the name of a temporary file.
+TEMPORARY_MARK = ".orthoserde-"
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes ``path`` when the block ends without an exception.
+
+    A symbolic link is followed: the file it points to is replaced. The mode is that of the replaced file, or what the
+    umask leaves of 0666.
+
+    Args:
+        path: The file to create or replace.
+
+    Raises:
+        FileAccessError: The system refused something; the previous file is untouched and no temporary file is left.
+        CommitUncertainError: The new file is in place, but the folder could not be forced to the disk.
+    """
+    name = os.path.realpath(os.fspath(path))
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    try:
+        mode = _mode_of(name)
+        folder, base = os.path.split(name)
+        # The mark and the suffix must fit beside the name: file names end at 255 bytes.
+        stem = os.fsdecode(os.fsencode(base)[: 255 - 32]) if len(os.fsencode(base)) > 255 - 32 else base
+        temporary = os.path.join(folder, f".{stem}{TEMPORARY_MARK}{secrets.token_hex(8)}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(temporary, flags, 0o666)
+    except OSError as error:
+        raise _refused(error, "cannot create", name) from error
+    try:
+        with os.fdopen(descriptor, "w+b", buffering=0) as file:
+            if mode is not None and hasattr(os, "fchmod"):
+                os.fchmod(file.fileno(), mode)
+            yield file  # type: ignore[misc]  # a raw file is all the writer needs
+            os.fsync(file.fileno())
+        os.replace(temporary, name)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and not isinstance(error, FileAccessError):
+            raise _refused(error, "cannot write", name) from error
+        raise
+    try:
+        _sync_folder(folder)
+    except OSError as error:
+        raise CommitUncertainError(error.errno, f"saved, but perhaps not durably: {error.strerror}", name) from error
+
+
+def _refused(error: OSError, what: str, name: str) -> FileAccessError:
+    return FileAccessError(
+        error.errno, f"{what} the checkpoint, the previous file is untouched: {error.strerror}", name
+    )
+
+
+def _mode_of(name: str) -> int | None:
+    """Permission bits of the file that is about to be replaced, None where there is none."""
+    try:
+        status = os.stat(name)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise FileAccessError(None, "not a regular file, so it is not replaced by a checkpoint", name)
+    return stat.S_IMODE(status.st_mode)
+
+
+def _sync_folder(folder: str) -> None:
+    if os.name == "nt":  # Windows cannot open folders; its renames are journaled.
+        return
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

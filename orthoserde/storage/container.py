@@ -1,0 +1,173 @@
+"""The safetensors container: header bytes to a table of tensors, and back.
+
+Source: the format section of safetensors' README (version 0.8). A file is eight bytes of little-endian header length, a
+JSON header padded with spaces to a multiple of eight, and the tensors' row-major bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orthoserde import json_values
+from orthoserde.errors import FileFormatError
+from orthoserde.json_values import JSON
+from orthoserde.tensor_bytes import DTYPES
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+
+#: Names of dtypes in the container, by torch's.
+CODES: dict[str, str] = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+_NAMES = {code: name for name, code in CODES.items()}
+_ITEM_BYTES = {name: DTYPES[name].itemsize for name in DTYPES}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the container.
+
+    Attributes:
+        dtype: torch's name of the dtype.
+        shape: Shape.
+        start: First byte, counted from the end of the header.
+        stop: One past the last byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header: the tensors in the order of their bytes, and the string metadata."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def container_form(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape under which a tensor stands in the container.
+
+    They are its own, but for complex128, which safetensors does not have: it is written as pairs of float64.
+    """
+    return ("float64", (*shape, 2)) if dtype == "complex128" else (dtype, shape)
+
+
+def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this dtype and shape."""
+    return math.prod(shape) * _ITEM_BYTES[dtype]
+
+
+def storage_order(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """The order of the tensors' bytes: wide dtypes first, so that all are aligned, then by key.
+
+    Args:
+        tensors: dtype and shape by key, as :func:`container_form` gives them.
+    """
+    return sorted(tensors, key=lambda key: (-_ITEM_BYTES[tensors[key][0]], key))
+
+
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Write the length and the header of a file.
+
+    Args:
+        tensors: dtype and shape by key, in the order of their bytes.
+        metadata: Strings for ``__metadata__``.
+
+    Raises:
+        FileFormatError: The header would be larger than the 100 MB that readers accept.
+    """
+    header: dict[str, JSON] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for key, (dtype, shape) in tensors.items():
+        stop = start + byte_size(dtype, shape)
+        header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json_values.encode_in_order(header).encode("utf-8")
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    if len(text) > MAX_HEADER_BYTES:
+        raise FileFormatError(
+            f"the header needs {len(text)} bytes and readers accept {MAX_HEADER_BYTES}: too many tensors for one file"
+        )
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def decode_header(text: bytes, data_bytes: int, where: str) -> Header:
+    """Parse a header strictly.
+
+    Args:
+        text: The header, without its length.
+        data_bytes: Bytes that follow the header in the file; the tensors must cover them exactly.
+        where: The file, for messages.
+
+    Raises:
+        FileFormatError: Not a safetensors header, or one that contradicts itself or the size of the file.
+    """
+    if not text.startswith(b"{"):
+        raise FileFormatError(f"{where}: the header does not begin with '{{': not a safetensors file")
+    parsed = json_values.decode(text, f"{where}: header")
+    if not isinstance(parsed, dict):
+        raise FileFormatError(f"{where}: header: expected an object")
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(item, str) for item in metadata.values()):
+        raise FileFormatError(f"{where}: header: __metadata__ must hold strings alone")
+    entries = {key: _decode_entry(item, f"{where}: header: {key!r}") for key, item in parsed.items()}
+    ordered = dict(sorted(entries.items(), key=lambda pair: (pair[1].start, pair[1].stop)))
+    position = 0
+    for key, entry in ordered.items():
+        if entry.start != position:
+            raise FileFormatError(f"{where}: header: {key!r} begins at byte {entry.start}, expected {position}")
+        position = entry.stop
+    if position != data_bytes:
+        raise FileFormatError(
+            f"{where}: the header describes {position} bytes of tensors, the file holds {data_bytes}: truncated or damaged"
+        )
+    return Header(ordered, {key: str(item) for key, item in metadata.items()})
+
+
+def _decode_entry(value: JSON, where: str) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise FileFormatError(f"{where}: expected dtype, shape and data_offsets")
+    name = _NAMES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if name is None:
+        raise FileFormatError(f"{where}: unknown dtype {str(value['dtype'])[:32]!r}")
+    shape, offsets = _sizes(value["shape"], where), _sizes(value["data_offsets"], where)
+    if len(offsets) != 2 or offsets[1] - offsets[0] != byte_size(name, shape):
+        raise FileFormatError(
+            f"{where}: data_offsets do not span the {byte_size(name, shape)} bytes of its dtype and shape"
+        )
+    if any(size >= 2**63 for size in (*shape, math.prod(size for size in shape if size))):
+        raise FileFormatError(f"{where}: the shape is too large")
+    return Entry(name, shape, offsets[0], offsets[1])
+
+
+def _sizes(value: JSON, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise FileFormatError(f"{where}: expected lists of integers")
+    sizes: list[int] = []
+    for item in value:
+        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+            raise FileFormatError(f"{where}: expected lists of integers from 0")
+        sizes.append(item)
+    return tuple(sizes)

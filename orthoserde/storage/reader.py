@@ -1,0 +1,121 @@
+"""Files to checkpoints. Only the header is read at once; tensors are read when asked, into the memory that wants them."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthoserde import tensor_bytes
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import CheckpointNotFoundError, FileAccessError, FileFormatError
+from orthoserde.storage.container import LENGTH_BYTES, MAX_HEADER_BYTES, Entry, decode_header
+from orthoserde.storage.format import manifest_of
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a safetensors file, ours or another library's, and read its header.
+
+    Args:
+        path: The file. Anything but a regular file is refused.
+
+    Returns:
+        A checkpoint that owns the open file; close it, or use it as a context manager.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        FileAccessError: The system refuses to open or read it.
+        FileFormatError: It is not a safetensors file, or it is damaged.
+    """
+    name = os.fspath(path)
+    file = _open(name)
+    try:
+        size = os.fstat(file.fileno()).st_size
+        raw = _read_header(file, size, name)
+        header = decode_header(raw[LENGTH_BYTES:], size - len(raw), name)
+        manifest = manifest_of(header, raw, name)
+        sources = {
+            key: StoredTensor(file, len(raw), header.entries[key], record.dtype, key, name)
+            for key, record in manifest.tensors.items()
+        }
+    except BaseException:
+        file.close()
+        raise
+    return Checkpoint(manifest, sources, name, file.close)
+
+
+def _open(name: str) -> io.FileIO:
+    # O_NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for the regular files that pass the check.
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(name, flags)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(error.errno, "no such checkpoint", name) from error
+    except OSError as error:
+        raise FileAccessError(error.errno, f"cannot open the checkpoint: {error.strerror}", name) from error
+    except ValueError as error:
+        raise FileFormatError(f"{name!r} is not a path: {error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileFormatError(f"{name}: not a regular file")
+    return io.FileIO(descriptor, "rb")
+
+
+def _read_header(file: io.FileIO, size: int, name: str) -> bytes:
+    length_bytes = _read_exactly(file, min(size, LENGTH_BYTES), name)
+    length = int.from_bytes(length_bytes, "little")
+    if len(length_bytes) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        raise FileFormatError(f"{name}: no safetensors header in its {size} bytes: truncated, or another sort of file")
+    return length_bytes + _read_exactly(file, length, name)
+
+
+def _read_exactly(file: io.FileIO, count: int, name: str) -> bytes:
+    buffer = bytearray(count)
+    _read_into(file, memoryview(buffer), name)
+    return bytes(buffer)
+
+
+def _read_into(file: io.FileIO, memory: memoryview, name: str) -> None:
+    done = 0
+    while done < len(memory):
+        try:
+            count = file.readinto(memory[done:])
+        except OSError as error:
+            raise FileAccessError(error.errno, f"cannot read the checkpoint: {error.strerror}", name) from error
+        if not count:
+            raise FileFormatError(f"{name}: the file ends too early; it changed while it was read")
+        done += count
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """The elements of one tensor of an open file."""
+
+    file: io.FileIO
+    data_start: int
+    entry: Entry
+    dtype: str
+    key: str
+    name: str
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the elements as row-major bytes, in one buffer that is used again and again."""
+        left = self.entry.stop - self.entry.start
+        buffer = memoryview(bytearray(min(left, tensor_bytes.BLOCK_BYTES)))
+        self.file.seek(self.data_start + self.entry.start)
+        while left:
+            memory = buffer[: min(left, len(buffer))]
+            _read_into(self.file, memory, self.name)
+            left -= len(memory)
+            yield memory
+
+    def fill(self, target: Tensor) -> str:
+        """Read the elements into ``target``; return the digest of the bytes that were read."""
+        self.file.seek(self.data_start + self.entry.start)
+        dtype: torch.dtype = tensor_bytes.DTYPES[self.dtype]
+        return tensor_bytes.fill(target, dtype, lambda memory: _read_into(self.file, memory, self.name))

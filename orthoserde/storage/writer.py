@@ -1,0 +1,72 @@
+"""Checkpoints to files: one pass over the tensors, which are digested as they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import xxhash
+
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.manifest import Manifest
+from orthoserde.storage.atomic import replacing
+from orthoserde.storage.format import file_header, in_storage_order
+
+_NO_DIGEST = "0" * 32
+
+
+def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
+    """Write a checkpoint to a file, durably and as a whole.
+
+    Args:
+        checkpoint: What to write. Its tensors are read once, in storage order.
+        path: The file to create or replace.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        FileAccessError: The system refused something; the previous file is untouched.
+        CommitUncertainError: The file is in place, but perhaps not durably.
+        FileFormatError: Too many tensors for one header.
+    """
+    records = in_storage_order(checkpoint.manifest.tensors)
+    manifest = dataclasses.replace(checkpoint.manifest, tensors=records)
+    # Digests have a fixed width, so the header's size is known before they are: it is written last, in its place.
+    digests = dict.fromkeys(records, _NO_DIGEST)
+    header_bytes = len(file_header(_with_digests(manifest, digests)))
+    with replacing(path) as file:
+        file.seek(header_bytes)
+        size = header_bytes
+        for key in records:
+            hasher = xxhash.xxh3_128()
+            for block in checkpoint.sources[key].blocks():
+                _write_all(file, block)
+                hasher.update(block)
+                size += len(block)
+            digests[key] = hasher.hexdigest()
+        file.seek(0)
+        _write_all(file, memoryview(file_header(_with_digests(manifest, digests))))
+        # A file without tensors ends at its header; one with tensors was extended by the writes above.
+        file.truncate(size)
+    return size
+
+
+def _with_digests(manifest: Manifest, digests: dict[str, str]) -> Manifest:
+    tensors = {key: dataclasses.replace(record, digest=digests[key]) for key, record in manifest.tensors.items()}
+    return dataclasses.replace(manifest, tensors=tensors)
+
+
+def _write_all(file: BinaryIO, block: memoryview) -> None:
+    for part in _parts(block):
+        done = 0
+        while done < len(part):
+            done += file.write(part[done:])
+
+
+def _parts(block: memoryview, limit: int = 1 << 30) -> Iterator[memoryview]:
+    # Linux writes at most 2 GiB at once, macOS refuses more.
+    for start in range(0, len(block), limit):
+        yield block[start : start + limit]

@@ -1,0 +1,175 @@
+"""Tensors as row-major bytes: names of dtypes, blocks of bytes in and out, digests.
+
+Nothing here knows of modules or files. A tensor of any device, stride or size is walked in blocks, so that no copy larger
+than one block is ever made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import xxhash
+from torch import Tensor
+
+#: Name of the digest, as it stands in files.
+DIGEST = "xxh3-128"
+
+#: Bytes handled at a time; small enough for the cache of a core to matter little, large enough for the disk.
+BLOCK_BYTES = 4 << 20
+
+_DTYPE_NAMES = (
+    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float8_e4m3fn float8_e5m2 "
+    "float16 bfloat16 float32 float64 complex64 complex128"
+)
+
+#: dtypes that can be stored, by the name that stands in the manifest.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_NAMES.split()}
+
+_LOSSLESS: dict[str, frozenset[str]] = {
+    "float16": frozenset({"float32", "float64"}),
+    "bfloat16": frozenset({"float32", "float64"}),
+    "float32": frozenset({"float64"}),
+    "float8_e4m3fn": frozenset({"float16", "bfloat16", "float32", "float64"}),
+    "float8_e5m2": frozenset({"float16", "bfloat16", "float32", "float64"}),
+    "complex64": frozenset({"complex128"}),
+    "uint8": frozenset({"int16", "int32", "int64"}),
+    "int8": frozenset({"int16", "int32", "int64"}),
+    "int16": frozenset({"int32", "int64"}),
+    "int32": frozenset({"int64"}),
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as it stands in files, ``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_lossless(source: str, target: str) -> bool:
+    """Whether every value of dtype ``source`` is a value of dtype ``target`` of the same sort (float, complex, integer)."""
+    return source == target or target in _LOSSLESS.get(source, frozenset())
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor as torch writes them."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether these strides visit each of ``numel`` adjacent elements exactly once (some order of row-major)."""
+    step = 1
+    for dim_stride, size in sorted((st, size) for st, size in zip(stride, shape, strict=True) if size != 1):
+        if size == 0:
+            return True
+        if dim_stride != step:
+            return False
+        step *= size
+    return True
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements of the tensor may share memory, as in an expanded tensor."""
+    reach = 0
+    dims = sorted((st, size) for st, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+    for dim_stride, size in dims:
+        if size == 0:
+            return False
+        if dim_stride <= reach:
+            return True
+        reach += dim_stride * (size - 1)
+    return False
+
+
+def empty_like_recorded(
+    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Allocate a tensor with recorded strides; strides that leave gaps or overlap are replaced by row-major ones."""
+    if not is_dense(shape, stride):
+        stride = contiguous_strides(shape)
+    return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+
+
+def row_blocks(tensor: Tensor, limit: int = BLOCK_BYTES) -> Iterator[Tensor]:
+    """Cut a tensor into views that follow each other in row-major order, each of at most ``limit`` bytes.
+
+    Args:
+        tensor: Any strided tensor, of any device.
+        limit: Bytes; a block holds at least one element.
+    """
+    if tensor.numel() == 0:
+        return
+    itemsize = tensor.element_size()
+    if tensor.numel() * itemsize <= limit or tensor.dim() == 0:
+        yield tensor
+    elif tensor.is_contiguous():
+        yield from tensor.view(-1).split(max(1, limit // itemsize))
+    else:
+        row_bytes = math.prod(tensor.shape[1:]) * itemsize
+        if row_bytes <= limit:
+            yield from tensor.split(max(1, limit // row_bytes))
+        else:
+            for row in tensor:
+                yield from row_blocks(row, limit)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """View the memory of a row-major CPU tensor as bytes, without a copy."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _is_plain_memory(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def iter_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the elements of a tensor as row-major bytes, block by block.
+
+    Row-major CPU memory is handed out without a copy; anything else is copied one block at a time. The autograd graph,
+    version counter and gradient of the tensor are not touched.
+    """
+    with torch.no_grad():
+        for block in row_blocks(tensor.detach()):
+            if not _is_plain_memory(block):
+                block = block.resolve_conj().resolve_neg().cpu().contiguous()
+            yield as_bytes(block)
+
+
+def fill(target: Tensor, dtype: torch.dtype, read_into: Callable[[memoryview], None]) -> str:
+    """Overwrite a tensor, block by block, with row-major bytes of ``dtype``.
+
+    Args:
+        target: Tensor to overwrite in place; any device, stride and dtype.
+        dtype: dtype of the bytes; where it is not the target's, values are converted.
+        read_into: Called with writable memory, in row-major order; fills all of it.
+
+    Returns:
+        The digest of the bytes that were read.
+    """
+    hasher = xxhash.xxh3_128()
+    with torch.no_grad():
+        for block in row_blocks(target.detach()):
+            direct = block.dtype == dtype and _is_plain_memory(block)
+            staged = block if direct else torch.empty(block.shape, dtype=dtype, device="cpu")
+            memory = as_bytes(staged)
+            read_into(memory)
+            hasher.update(memory)
+            if not direct:
+                block.copy_(staged)
+    if target.numel() and not target.is_inference():
+        # The bytes above were written behind autograd's back: it must see them as an in-place change.
+        torch.autograd.graph.increment_version(target)
+    return hasher.hexdigest()
+
+
+def digest_of(blocks: Iterable[memoryview]) -> str:
+    """Digest of a sequence of blocks: 32 hexadecimal digits of XXH3-128, whatever the size of the blocks."""
+    hasher = xxhash.xxh3_128()
+    for block in blocks:
+        hasher.update(block)
+    return hasher.hexdigest()

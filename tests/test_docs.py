@@ -1,0 +1,152 @@
+"""The Python blocks of README.md and of the pages under docs/ run as they stand.
+
+The blocks of one page share a namespace and run from top to bottom in an empty folder, warnings being errors.
+A block that cannot run here says why in its info string, and is only compiled::
+
+    ```python no-run needs a GPU
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+FENCE = re.compile(r"(?P<indent> *)(?P<ticks>`{3,})(?P<info>[^`]*)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced Python block.
+
+    Attributes:
+        page: The page as messages name it.
+        line: Number of the block's first line of code in the page, from 1.
+        options: The info string after the language.
+        source: The code, its indentation removed.
+    """
+
+    page: str
+    line: int
+    options: str
+    source: str
+
+    def execute(self, namespace: dict[str, object]) -> None:
+        """Run the block in ``namespace`` (a ``no-run`` block is only compiled); fail with page and line."""
+        mark, _, reason = self.options.partition(" ")
+        if mark not in ("", "no-run") or (mark == "no-run" and not reason):
+            expected = "'python' or 'python no-run <reason>'"
+            pytest.fail(f"{self.page}:{self.line}: expected {expected}, got 'python {self.options}'")
+        # The lines before the block keep the line numbers of tracebacks equal to those of the page.
+        source = "\n" * (self.line - 1) + self.source
+        try:
+            code = compile(source, str(ROOT / self.page), "exec", dont_inherit=True)
+            if mark != "no-run":
+                exec(code, namespace)  # noqa: S102 - running the pages is what this module is for
+        except Exception as error:
+            line = _line_in_page(error, str(ROOT / self.page)) or self.line
+            pytest.fail(f"{self.page}:{line}: {type(error).__name__}: {error}")
+
+
+def _line_in_page(error: Exception, filename: str) -> int | None:
+    """Return the line of the page that ``error`` points at, if it points there at all."""
+    if isinstance(error, SyntaxError) and error.filename == filename:
+        return error.lineno
+    line = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == filename:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def python_blocks(page: str, text: str) -> list[Block]:
+    """Return the fenced Python blocks of a Markdown page, from top to bottom."""
+    blocks = []
+    opening: re.Match[str] | None = None
+    start = 0
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        fence = FENCE.fullmatch(line)
+        if fence is None:
+            continue
+        if opening is None:
+            opening, start = fence, number
+        elif not fence["info"].strip() and len(fence["ticks"]) >= len(opening["ticks"]):
+            language, _, options = opening["info"].strip().partition(" ")
+            if language.lower() in ("py", "python", "python3"):
+                source = textwrap.dedent("\n".join(lines[start : number - 1]))
+                blocks.append(Block(page, start + 1, options.strip(), source + "\n"))
+            opening = None
+    if opening is not None:
+        raise ValueError(f"{page}:{start}: this block is never closed")
+    return blocks
+
+
+BLOCKS = {
+    name: blocks
+    for name, path in ((path.relative_to(ROOT).as_posix(), path) for path in PAGES)
+    if (blocks := python_blocks(name, path.read_text(encoding="utf-8")))
+}
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A module of its own, so that classes defined in a block have a home, as they have in a user's script.
+    module = ModuleType("page_" + re.sub(r"\W", "_", page))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        for block in BLOCKS[page]:
+            block.execute(vars(module))
+
+
+def test_the_readme_has_code_that_runs() -> None:
+    assert any(not block.options for block in BLOCKS["README.md"])
+
+
+def test_a_failing_block_is_reported_with_its_page_and_line() -> None:
+    page = "Text.\n\n```python\ndef halve(x):\n    return x / 0\n```\n\n- A\n  ```python\n  halve(1)\n  ```\n"
+    first, second = python_blocks("page.md", page)
+    namespace: dict[str, object] = {}
+    first.execute(namespace)
+    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:5: ZeroDivisionError"):
+        second.execute(namespace)
+
+
+def test_a_block_that_is_not_python_is_reported_with_its_page_and_line() -> None:
+    (block,) = python_blocks("page.md", "```python no-run needs a GPU\nfine = 1\nnot fine = 1\n```\n")
+    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:3: SyntaxError"):
+        block.execute({})
+
+
+def test_a_block_marked_no_run_is_not_run() -> None:
+    (block,) = python_blocks("page.md", "```python no-run needs a GPU\n1 / 0\n```\n")
+    block.execute({})
+
+
+@pytest.mark.parametrize("options", ["no-run", "norun because", "title=example"])
+def test_a_mark_without_a_reason_or_a_meaning_is_refused(options: str) -> None:
+    (block,) = python_blocks("page.md", f"```python {options}\n1\n```\n")
+    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:2: expected 'python' or"):
+        block.execute({})
+
+
+def test_other_languages_and_nested_fences_are_left_alone() -> None:
+    page = "````markdown\n```python\n1 / 0\n```\n````\n\n```bash\nls\n```\n"
+    assert python_blocks("page.md", page) == []
+
+
+def test_a_block_that_is_never_closed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^page\.md:1: "):
+        python_blocks("page.md", "```python\n1\n")

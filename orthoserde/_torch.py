@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ SpectralNormModule: type[nn.Module] = parametrizations._SpectralNorm
 #: Maps of ``parametrizations.orthogonal`` by name.
 ORTHOGONAL_MAPS: dict[str, Any] = dict(parametrizations._OrthMaps.__members__)
 
-# Wrappers that hold one module and no state of their own: module and name of the class, attribute of the wrapped module.
+# Wrappers that hold one module and no state of their own: module and name of the class, attribute with the module.
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
@@ -83,6 +83,19 @@ def set_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
     module._buffers[name] = buffer
 
 
+def remember_tables(module: nn.Module) -> Callable[[], None]:
+    """Remember what is registered on this very module, in order; the result puts it back."""
+    tables: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
+    copies = [dict(table) for table in tables]
+
+    def put_back() -> None:
+        for table, copy in zip(tables, copies, strict=True):
+            table.clear()
+            table.update(copy)
+
+    return put_back
+
+
 def saves_itself(module: nn.Module) -> bool:
     """Whether the class has its own ``_save_to_state_dict``, so that its state may be elsewhere than in tensors."""
     return type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
@@ -101,7 +114,7 @@ def has_extra_state(module: nn.Module) -> bool:
 
 
 def overrides_dispatch(tensor: Tensor) -> bool:
-    """Whether a tensor subclass computes for itself (DTensor, quantized, fake), so that its memory is not its elements."""
+    """Whether a tensor subclass computes for itself (DTensor, fake), so that its memory is not its elements."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -147,6 +160,11 @@ def release_flat_weights(module: nn.Module) -> None:
         module._flat_weight_refs = []
 
 
+def swap(tensor: Tensor, other: Tensor) -> None:
+    """Exchange two tensors behind their Python objects, so that whoever holds the one object holds the other tensor."""
+    torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave the random generators (torch on every device in use, Python, NumPy) and inference mode as they are.
@@ -156,7 +174,7 @@ def undisturbed() -> Iterator[None]:
     numpy_random = sys.modules.get("numpy.random")
     python_state = random.getstate()
     numpy_state = numpy_random.get_state() if numpy_random is not None else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
             yield

@@ -26,8 +26,8 @@ def save(
     """Save a model, with the state and configuration of every parametrized tensor, to one safetensors file.
 
     Nothing of the model is disturbed: no forward is evaluated, no buffer, gradient, mode, version counter or random
-    generator changes. When it returns, the file and its name are on the disk; until then the previous file is untouched.
-    The same state gives the same bytes.
+    generator changes. When it returns, the file and its name are on the disk; until then the previous file is
+    untouched. The same state gives the same bytes.
 
     Args:
         model: Any module of ordinary tensors, on any device: each of any shape, and of dtype bool, (u)int8 to (u)int64,
@@ -41,9 +41,10 @@ def save(
         What was saved.
 
     Raises:
-        UnsupportedModuleError: The model holds state that would be lost (quantized modules, extra state, DTensors, lazy or
-            meta tensors, sparse layouts); every such place is listed, and nothing is written.
-        ConfigError: A registered class gives a configuration that is not JSON, or ``metadata`` holds other than strings.
+        UnsupportedModuleError: The model holds state that would be lost (quantized modules, extra state, DTensors, lazy
+            or meta tensors, sparse layouts); every such place is listed, and nothing is written.
+        ConfigError: A registered class gives a configuration that is not JSON, or ``metadata`` holds other than
+            strings.
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
 
@@ -79,20 +80,20 @@ def load(
     Everything is checked first: names, shapes, dtypes, ties, the kind and configuration of every parametrization and
     registered module, and every byte of the file. Then the elements are copied into the existing tensors, so that
     parameters keep their identity (an optimizer built before goes on), strides, device, ``requires_grad`` and training
-    mode; random generators are not used. A buffer that is None (the ``base`` of an orthogonal parametrization registered on
-    the meta device) is made, with the strides it was saved with.
+    mode; random generators are not used. A buffer that is None (the ``base`` of an orthogonal parametrization
+    registered on the meta device) is made, with the strides it was saved with.
 
     Args:
         model: The module to load into.
-        path: A file written by :func:`save`, or a safetensors file of another library with the keys of a ``state_dict``;
-            such a file has no configuration, so its parametrized tensors are ``UNVERIFIED``.
-        strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported instead;
-            anything else that does not fit is refused all the same.
+        path: A file written by :func:`save`, or a safetensors file of another library with the keys of a
+            ``state_dict``; such a file has no configuration, so its parametrized tensors are ``UNVERIFIED``.
+        strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported
+            instead; anything else that does not fit is refused all the same.
         reparametrize: Where the file has a parametrized tensor and the model a plain one, attach the parametrization
             (without ``right_inverse``, factorisation or random numbers). With False that is refused.
         device: Where tensors on the meta device are placed, the CPU by default; no other tensor is moved.
-        verify: Read the file twice: check every digest before the first write, then read into place. With False a damaged
-            tensor is found only when it is read, and raises ``LoadInterruptedError``.
+        verify: Read the file twice: check every digest before the first write, then read into place. With False a
+            damaged tensor is found only when it is read, and raises ``LoadInterruptedError``.
         registry: Names of your classes; those of ``orthoserde.register`` by default.
 
     Returns:
@@ -102,7 +103,8 @@ def load(
         IncompatibleModelError: The file does not fit the model; everything that is wrong is listed.
         CheckpointNotFoundError: There is no such file.
         FileAccessError: The system refuses to open or read it.
-        FileFormatError: Not a safetensors file, a newer format (``FormatVersionError``), or damaged (``DamagedFileError``).
+        FileFormatError: Not a safetensors file, a newer format (``FormatVersionError``), or damaged
+            (``DamagedFileError``).
         LoadInterruptedError: Reading failed after the first write: the one case in which the model is partly written.
     """
     with storage.read(path) as checkpoint:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch
+from orthoserde import _torch, json_values
 from orthoserde._version import __version__
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
@@ -49,7 +49,9 @@ def capture(
     tensors, aliases = _unique_tensors(inventory)
     problems += [problem for key, tensor in tensors.items() for problem in _storage_problems(key, tensor)]
     if problems:
-        raise UnsupportedModuleError(f"cannot save {type(model).__qualname__} without losing state", problems)
+        raise UnsupportedModuleError(
+            f"cannot save {type(_torch.unwrap(model)).__qualname__} without losing state", problems
+        )
     manifest = Manifest(
         tensors={key: _record(tensor, inventory.slots[key].parameter) for key, tensor in tensors.items()},
         aliases=aliases,
@@ -59,7 +61,7 @@ def capture(
         writer={"orthoserde": __version__, "torch": str(torch.__version__)},
     )
     sources = {key: LiveTensor(tensors[key].detach()) for key in manifest.tensors}
-    return Checkpoint(manifest, sources, type(model).__qualname__)
+    return Checkpoint(manifest, sources, type(_torch.unwrap(model)).__qualname__)
 
 
 def _unique_tensors(inventory: Inventory) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -162,7 +164,7 @@ def _module_records(inventory: Inventory, registry: Registry) -> list[ModuleReco
 
 
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise ConfigError(f"metadata: expected strings, got {key!r}: {type(value).__name__}")
-    return dict(metadata)
+    copied = json_values.to_json(dict(metadata))
+    if not isinstance(copied, dict) or not all(isinstance(value, str) for value in copied.values()):
+        raise ConfigError("metadata: expected a mapping of strings to strings")
+    return {key: str(value) for key, value in copied.items()}

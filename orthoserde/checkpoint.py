@@ -21,7 +21,7 @@ class TensorSource(Protocol):
         """Yield the elements as row-major bytes."""
 
     def fill(self, target: Tensor) -> str:
-        """Overwrite ``target`` in place with the elements, converting their dtype; return the digest of what was read."""
+        """Overwrite ``target`` in place, converting the dtype; return the digest of the bytes that were read."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _nothing_to_close() -> None:
 class Checkpoint:
     """A manifest and the tensors it names.
 
-    A checkpoint read from a file owns the open file until it is closed (it is a context manager). A captured one is a live
-    view of the model: nothing is copied until a sink asks.
+    A checkpoint read from a file owns the open file until it is closed (it is a context manager). A captured one is a
+    live view of the model: nothing is copied until a sink asks.
 
     Attributes:
         manifest: What the tensors mean.

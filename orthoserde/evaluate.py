@@ -1,6 +1,7 @@
 """The computed tensor and its distance from the constraint, from state alone.
 
-The parametrizations of the model are not run: spectral_norm's would move its buffers, a user's might draw random numbers.
+The parametrizations of the model are not run: spectral_norm's would move its buffers, a user's might draw random
+numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
     current = {name: original.detach() for name, original in tensor.originals.items()}
     weight: Tensor | None = None
     with _torch.undisturbed():
-        for parametrization, codec in zip(tensor.parametrizations, codecs_of(tensor, registry), strict=True):
+        for wrapped, codec in zip(tensor.parametrizations, codecs_of(tensor, registry), strict=True):
+            parametrization = _torch.unwrap(wrapped)
             config = None if codec is None else codec.config(parametrization)
             if codec is None or config is None:
                 return None
@@ -37,7 +39,7 @@ def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
 
 
 def residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:
-    """Distance of the computed tensor from its last parametrization's constraint; None where there is none to measure."""
+    """Distance of the computed tensor from its last constraint; None where there is none to measure."""
     last = codecs_of(tensor, registry)[-1]
     weight = computed(tensor, registry)
     return None if last is None or weight is None else last.residual(weight)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Union
+from typing import TypeAlias, Union
 
 from orthoserde.errors import ConfigError, FileFormatError
 
-JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]
+# A recursive alias must be a Union of strings on Python 3.10.
+JSON: TypeAlias = Union[bool, int, float, str, list["JSON"], dict[str, "JSON"], None]  # noqa: UP007
 
 #: Integers outside of this are not read or written: other readers could not hold them.
 INT_LIMIT = 2**63
@@ -82,8 +83,7 @@ def to_json(value: object, depth: int = 0) -> JSON:
         except UnicodeEncodeError as error:
             raise ConfigError("a string is not valid Unicode (lone surrogate)") from error
         return value
-    if type(value) in (list, tuple):
-        assert isinstance(value, (list, tuple))
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return [to_json(item, depth + 1) for item in value]
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
         return {str(to_json(key)): to_json(item, depth + 1) for key, item in value.items()}

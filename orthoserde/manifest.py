@@ -100,7 +100,7 @@ class ParametrizedRecord:
         """Key of a tensor of the parametrization at ``index``, the one torch's ``state_dict`` gives it."""
         return join(self.module, "parametrizations", self.tensor_name, str(index), role)
 
-    def keys(self) -> list[str]:
+    def tensor_keys(self) -> list[str]:
         """Keys of all its tensors."""
         own = [self.original_key(name) for name in self.originals]
         return own + [self.link_key(i, role) for i, link in enumerate(self.chain) for role in link.tensors]
@@ -344,7 +344,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
         if record.name in seen:
             raise FileFormatError(f"{where}: {record.name!r} stands twice among the parametrized tensors")
         seen.add(record.name)
-        for key in record.keys():
+        for key in record.tensor_keys():
             if key not in manifest:
                 raise FileFormatError(f"{where}: {record.name}: the file holds no tensor {key!r}")
     if len({record.path for record in manifest.modules}) != len(manifest.modules):

@@ -48,7 +48,7 @@ class Codec(Protocol):
         """All that the tensors leave out; None where it is not known."""
 
     def build(self, config: Mapping[str, JSON], like: Tensor | None) -> nn.Module:
-        """Make a parametrization from its configuration: no ``right_inverse``, no factorisation, tensors not yet filled.
+        """Make a parametrization, its tensors not yet filled: no ``right_inverse``, no factorisation.
 
         Args:
             config: As :meth:`config` gave it.
@@ -203,11 +203,14 @@ class Registry:
 
         Args:
             kind: Name in files, ``"package>Name"``.
-            version: Version of the configuration, from 1. With a new one, give the class ``upgrade(config, from_version)``.
+            version: Version of the configuration, from 1. With a new one, give the class a static method
+                ``upgrade(config, from_version)``.
 
         Raises:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.
         """
+
+        _check_kind(kind)
 
         def decorate(cls: ModuleClass) -> ModuleClass:
             self.add(RegisteredClass(cls, kind, version))
@@ -224,11 +227,11 @@ class Registry:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.
         """
         cls, kind = codec.type, codec.kind
-        if not _KIND.fullmatch(kind):
-            raise RegistrationError(f"{kind!r}: expected a kind of the form 'package>Name'")
+        _check_kind(kind)
         if type(codec.version) is not int or codec.version < 1:
             raise RegistrationError(f"{kind!r}: expected a version from 1, got {codec.version!r}")
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        candidate: object = cls
+        if not inspect.isclass(candidate) or not issubclass(candidate, nn.Module):
             raise RegistrationError(f"{kind!r}: expected a subclass of nn.Module, got {cls!r}")
         if kind.startswith("torch>"):
             raise RegistrationError(f"{kind!r}: the package 'torch' stands for torch's own parametrizations")
@@ -269,6 +272,13 @@ class Registry:
         return f"<Registry: {len(self)} kinds>"
 
 
+def _check_kind(kind: object) -> None:
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+        raise RegistrationError(
+            f"{kind!r}: expected a kind of the form 'package>Name', as in register('mylab>Symmetric')"
+        )
+
+
 def _identity(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -303,7 +313,9 @@ def _encode_arguments(
     except TypeError:
         return None  # the constructor itself is about to say what is wrong
     bound.apply_defaults()
-    arguments = dict(list(bound.arguments.items())[1:])
+    variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    named = list(bound.arguments.items())[1:]
+    arguments = {name: value for name, value in named if value or name not in variadic}
     try:
         return json_values.encode(json_values.to_json(arguments))
     except ConfigError:
@@ -341,7 +353,7 @@ def call_with(cls: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
     return cls(*args, **kwargs)
 
 
-#: The registry that ``orthoserde.register`` fills, and that ``save`` and ``load`` use unless they are given another one.
+#: The registry that ``orthoserde.register`` fills; ``save`` and ``load`` use it unless they are given another one.
 default_registry = Registry()
 
 register = default_registry.register

@@ -33,7 +33,8 @@ class SaveReport:
         aliases: Names of tied tensors that were stored under another name, with that name.
         left_out: Keys that ``select`` left out.
         opaque: Parametrized tensors with an unregistered class: their state is saved, their configuration is not known.
-        needs_orthoserde: Why ``model.load_state_dict(load_file(path))`` would not do without orthoserde; empty if it would.
+        needs_orthoserde: Why ``model.load_state_dict(load_file(path))`` would not do without orthoserde; empty if it
+            would.
     """
 
     path: str

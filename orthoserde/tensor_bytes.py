@@ -1,7 +1,7 @@
 """Tensors as row-major bytes: names of dtypes, blocks of bytes in and out, digests.
 
-Nothing here knows of modules or files. A tensor of any device, stride or size is walked in blocks, so that no copy larger
-than one block is ever made.
+Nothing here knows of modules or files. A tensor of any device, stride or size is walked in blocks, so that no copy
+larger than one block is ever made.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_lossless(source: str, target: str) -> bool:
-    """Whether every value of dtype ``source`` is a value of dtype ``target`` of the same sort (float, complex, integer)."""
+    """Whether each value of dtype ``source`` is one of ``target``, both of one sort (float, complex, integer)."""
     return source == target or target in _LOSSLESS.get(source, frozenset())
 
 
@@ -108,11 +108,11 @@ def row_blocks(tensor: Tensor, limit: int = BLOCK_BYTES) -> Iterator[Tensor]:
     if tensor.numel() * itemsize <= limit or tensor.dim() == 0:
         yield tensor
     elif tensor.is_contiguous():
-        yield from tensor.view(-1).split(max(1, limit // itemsize))
+        yield from torch.split(tensor.view(-1), max(1, limit // itemsize))
     else:
         row_bytes = math.prod(tensor.shape[1:]) * itemsize
         if row_bytes <= limit:
-            yield from tensor.split(max(1, limit // row_bytes))
+            yield from torch.split(tensor, max(1, limit // row_bytes))
         else:
             for row in tensor:
                 yield from row_blocks(row, limit)
@@ -120,7 +120,7 @@ def row_blocks(tensor: Tensor, limit: int = BLOCK_BYTES) -> Iterator[Tensor]:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """View the memory of a row-major CPU tensor as bytes, without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _is_plain_memory(tensor: Tensor) -> bool:

@@ -99,8 +99,8 @@ class Inventory:
 def parametrized_tensors(model: nn.Module) -> Iterator[ParametrizedTensor]:
     """Yield a record of every parametrized tensor in a model, without evaluating any.
 
-    ``torch.compile``, DDP, DataParallel and activation checkpointing are looked through and leave no prefix. A module that
-    stands in several places is yielded once, with its other paths as ``aliases``.
+    ``torch.compile``, DDP, DataParallel and activation checkpointing are looked through and leave no prefix. A module
+    that stands in several places is yielded once, with its other paths as ``aliases``.
 
     Args:
         model: Any module.

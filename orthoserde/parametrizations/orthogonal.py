@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,8 @@ from orthoserde.registry import own_tensors
 class OrthogonalCodec:
     """Codec of torch's orthogonal parametrization: ``weight = base @ map(original)``.
 
-    Shapes: ``weight`` and ``original`` are ``(..., n, k)``; ``base``, present with trivialization, is ``(..., m, m)`` with
-    ``m = max(n, k)``. dtypes: as torch, float32, float64, complex64 and complex128 (not householder).
+    Shapes: ``weight`` and ``original`` are ``(..., n, k)``; ``base``, present with trivialization, is ``(..., m, m)``
+    with ``m = max(n, k)``. dtypes: as torch, float32, float64, complex64 and complex128 (not householder).
 
     Source: torch/nn/utils/parametrizations.py, ``_Orthogonal`` (torch 2.13); Lezcano-Casado and Martinez-Rubio 2019,
     arXiv:1901.08428 (exponential map), Lezcano-Casado 2019, arXiv:1909.09501 (trivializations).
@@ -30,8 +32,8 @@ class OrthogonalCodec:
     def config(self, parametrization: nn.Module) -> dict[str, JSON]:
         """``orthogonal_map`` by name, ``shape`` of the weight, and ``use_trivialization``."""
         return {
-            "orthogonal_map": parametrization.orthogonal_map.name,  # type: ignore[union-attr]
-            "shape": [int(size) for size in parametrization.shape],  # type: ignore[union-attr]
+            "orthogonal_map": str(cast("Enum", parametrization.orthogonal_map).name),
+            "shape": [int(size) for size in cast("torch.Size", parametrization.shape)],
             "use_trivialization": hasattr(parametrization, "base"),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from orthoserde.registry import own_tensors
 class SpectralNormCodec:
     """Codec of torch's spectral normalisation: ``weight = original / sigma``, sigma estimated by the power method.
 
-    Shapes: ``original`` is that of the weight; ``_u`` and ``_v`` are vectors as long as the rows and columns of the weight
-    with ``dim`` moved to the front and the rest flattened. A one-dimensional weight has neither. dtypes: any floating or
-    complex, preserved. In training mode every evaluation moves ``_u`` and ``_v``, so none is made when saving.
+    Shapes: ``original`` is that of the weight; ``_u`` and ``_v`` are vectors as long as the rows and columns of the
+    weight with ``dim`` moved to the front and the rest flattened. A one-dimensional weight has neither. dtypes: any
+    floating or complex, preserved. In training mode every evaluation moves ``_u`` and ``_v``: saving makes none.
 
     Source: torch/nn/utils/parametrizations.py, ``_SpectralNorm`` (torch 2.13); Miyato et al. 2018, arXiv:1802.05957.
     """
@@ -28,11 +29,11 @@ class SpectralNormCodec:
     version = 1
 
     def config(self, parametrization: nn.Module) -> dict[str, JSON]:
-        """``dim``, ``eps``, and ``n_power_iterations`` (None for a one-dimensional weight, which torch normalises exactly)."""
+        """``dim``, ``eps``, and ``n_power_iterations`` (None for a one-dimensional weight: torch needs none)."""
         iterations = getattr(parametrization, "n_power_iterations", None)
         return {
-            "dim": int(parametrization.dim),  # type: ignore[arg-type]
-            "eps": float(parametrization.eps),  # type: ignore[arg-type]
+            "dim": int(cast("int", parametrization.dim)),
+            "eps": float(cast("float", parametrization.eps)),
             "n_power_iterations": None if iterations is None else int(iterations),
         }
 

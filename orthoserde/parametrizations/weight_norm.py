@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from orthoserde.json_values import JSON
 class WeightNormCodec:
     """Codec of torch's weight normalisation: ``weight = original0 * original1 / norm(original1)``.
 
-    Shapes: ``original1`` (the direction) is that of the weight, ``original0`` (the magnitude) has size 1 in every dimension
-    but ``dim``; it is a scalar for ``dim=None``, which torch keeps as -1. dtypes: any floating, preserved.
+    Shapes: ``original1`` (the direction) is that of the weight, ``original0`` (the magnitude) has size 1 in every
+    dimension but ``dim``; it is a scalar for ``dim=None``, which torch keeps as -1. dtypes: any floating, preserved.
 
-    Source: torch/nn/utils/parametrizations.py, ``_WeightNorm`` (torch 2.13); Salimans and Kingma 2016, arXiv:1602.07868.
+    Source: torch/nn/utils/parametrizations.py, ``_WeightNorm`` (torch 2.13); Salimans and Kingma 2016,
+        arXiv:1602.07868.
     """
 
     type = _torch.WeightNormModule
@@ -27,7 +29,7 @@ class WeightNormCodec:
 
     def config(self, parametrization: nn.Module) -> dict[str, JSON]:
         """``dim``."""
-        return {"dim": int(parametrization.dim)}  # type: ignore[arg-type]
+        return {"dim": int(cast("int", parametrization.dim))}
 
     def build(self, config: Mapping[str, JSON], like: Tensor | None) -> nn.Module:
         """Make the parametrization, which holds no tensors.

@@ -67,8 +67,8 @@ def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:
         for step in reversed(undo):
             step()
         raise LoadInterruptedError(
-            f"the model could not be changed ({type(error).__name__}: {error}): meta tensors may have been replaced already; "
-            "load it again or discard it"
+            f"the model could not be changed ({type(error).__name__}: {error}); meta tensors may have been replaced "
+            "already: load it again or discard it"
         ) from error
     finally:
         for rnn in plan.rnns:

@@ -79,14 +79,11 @@ class _Given(nn.Module):
 def _snapshot(module: nn.Module) -> Callable[[], None]:
     """Remember what registering a parametrization changes on a module; the result puts it back."""
     cls = type(module)
-    tables = (module._parameters, module._buffers, module._modules)
-    copies = [dict(table) for table in tables]
+    restore_tables = _torch.remember_tables(module)
 
     def undo() -> None:
         module.__class__ = cls
-        for table, copy in zip(tables, copies, strict=True):
-            table.clear()
-            table.update(copy)  # type: ignore[arg-type]
+        restore_tables()
 
     return undo
 
@@ -126,12 +123,13 @@ def _build_link(link: ParametrizationRecord, like: Tensor, registry: Registry) -
     name = link.class_name if link.kind == OPAQUE else link.kind
     if codec is None:
         raise ConfigError(
-            f"the model's tensor is plain, the file has it parametrized by {name}, which is not registered in this process; "
+            f"plain in the model, parametrized by {name} in the file, which is not registered in this process; "
             "register the class, or parametrize the module before loading"
         )
     if link.config is None:
         raise ConfigError(
-            f"the file does not say how {name} was configured, so it cannot be built; parametrize the module before loading"
+            f"the file does not say how {name} was configured, so it cannot be built; "
+            "parametrize the module before loading"
         )
     if link.version > codec.version:
         raise ConfigError(f"the file has version {link.version} of {name}, this process version {codec.version}")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from orthoserde import _torch
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
 from orthoserde.registry import Registry
-from orthoserde.reports import RESTORED, Fidelity
+from orthoserde.reports import RESTORED, Fidelity, shorten
 from orthoserde.restore.attach import Attachment, build_links
 from orthoserde.restore.compare import compare_chain, compare_module
 from orthoserde.restore.plan import Make, Outcome, Plan, Tie, Write
 from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap
-from orthoserde.walk import ParametrizedTensor, Slot, identity, take_inventory
+from orthoserde.walk import Inventory, ParametrizedTensor, Slot, identity, take_inventory
 
 
 @dataclass
@@ -65,20 +65,33 @@ class _Planner:
 
     def __init__(self, manifest: Manifest, model: nn.Module, registry: Registry, device: torch.device) -> None:
         inventory = take_inventory(model)
-        self.plan = Plan(problems=list(inventory.problems))
+        self.plan = Plan()
         self.manifest = manifest
         self.registry = registry
         self.device = device
-        self.modules = inventory.modules
-        self.parametrized = inventory.parametrized
-        self.transient = inventory.transient
-        self.slots: dict[str, Slot] = dict(inventory.slots)
+        self.modules: dict[str, nn.Module] = {}
+        self.live: dict[tuple[int, str], ParametrizedTensor] = {}
+        self.transient: dict[str, Tensor] = {}
+        self.slots: dict[str, Slot] = {}
+        self.paths: dict[int, list[str]] = {}
         self.file_parts = _parts_by_prefix([*manifest.tensors, *manifest.aliases])
-        self.model_parts = _parts_by_prefix(self.slots)
+        self.model_parts = _parts_by_prefix(inventory.slots)
         self.owners: dict[str, Owner] = {}
         self.fresh: set[int] = set()
         #: Keys that need no further word: a step has matched them, or said what is wrong with them.
         self.settled: set[str] = set()
+        self._take(inventory)
+
+    def _take(self, inventory: Inventory) -> None:
+        """Lay what a model, or a part that will be attached to it, holds on the table."""
+        self.modules |= inventory.modules
+        self.live |= {(id(tensor.module), tensor.tensor_name): tensor for tensor in inventory.parametrized}
+        self.transient |= inventory.transient
+        self.slots |= inventory.slots
+        for path, module in inventory.modules.items():
+            self.paths.setdefault(id(module), []).append(path)
+        self.plan.problems += inventory.problems
+        self.settled.update(problem.where for problem in inventory.problems)
 
     def _stored(self, key: str) -> TensorRecord:
         return self.manifest.tensors[self.manifest.kept_key(key)]
@@ -92,22 +105,21 @@ class _Planner:
     # Parametrized tensors
 
     def match_parametrized(self, reparametrize: bool) -> None:
-        live = {(id(tensor.module), tensor.tensor_name): tensor for tensor in self.parametrized}
         recorded: set[int] = set()
+        # Modules come before their parts: what is attached to one is on the table when its own parts are looked up.
         for record in self.manifest.parametrized:
             module = next(
                 (self.modules[path] for path in (record.module, *record.aliases) if path in self.modules), None
             )
             if module is None:
-                # Parts of a parametrization that is about to be attached are among them, when it is parametrized itself.
-                continue
-            tensor = live.get((id(module), record.tensor_name))
+                continue  # its keys are unexpected
+            tensor = self.live.get((id(module), record.tensor_name))
             if tensor is None:
                 self._match_bare(record, module, reparametrize)
             else:
                 recorded.add(id(tensor))
                 self._match_live(record, tensor)
-        for tensor in self.parametrized:
+        for tensor in self.live.values():
             if id(tensor) not in recorded:
                 self._match_unrecorded(tensor)
 
@@ -123,7 +135,7 @@ class _Planner:
         bare = {**_torch.own_buffers(module), **_torch.own_parameters(module)}.get(name)
         if bare is None:
             return  # the model has no such tensor: its keys are unexpected
-        paths = [path for path, candidate in self.modules.items() if candidate is module]
+        paths = self.paths[id(module)]
         plain_keys = [join(path, name) for path in paths]
         if not reparametrize:
             kinds = ", then ".join(link.class_name or link.kind for link in record.chain)
@@ -131,7 +143,7 @@ class _Planner:
                 record.name,
                 f"parametrized in the file ({kinds}), plain in the model; parametrize it, or let load do it",
             )
-        links = build_links(record, bare, {key: self._stored(key) for key in record.keys()}, self.registry)
+        links = build_links(record, bare, {key: self._stored(key) for key in record.tensor_keys()}, self.registry)
         if isinstance(links, list) or not reparametrize:
             self.plan.problems += links if isinstance(links, list) else []
             self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
@@ -160,10 +172,9 @@ class _Planner:
         self._settle(join(path, "parametrizations", name) for path in paths if path != record.module)
 
     def _adopt(self, link: nn.Module, prefix: str) -> None:
-        """Take the tensors of a parametrization that is about to be attached into the plan."""
+        """Take a parametrization that is about to be attached into the plan."""
         inventory = take_inventory(link, prefix)
-        self.plan.problems += inventory.problems
-        self.slots |= inventory.slots
+        self._take(inventory)
         self.fresh |= {id(module) for module in inventory.modules.values()}
 
     def _make_original(self, attachment: Attachment, name: str, owner: Owner) -> None:
@@ -191,7 +202,7 @@ class _Planner:
         elif any(name in self.manifest for name in plain):
             self.plan.mismatch(
                 tensor.name,
-                f"parametrized in the model ({classes}), plain in the file; load into the plain model, then parametrize it",
+                f"parametrized in the model ({classes}), plain in the file; load into the plain model, then parametrize",
             )
             self._settle([*prefixes, *plain])
 
@@ -206,8 +217,8 @@ class _Planner:
                 self.owners[prefix] = Owner(outcome, first.device, first.dtype, stored)
 
     def match_wholes(self) -> None:
-        """The parts of one parametrized tensor belong together: half of them is a mismatch, however lenient the load."""
-        for tensor in self.parametrized:
+        """Refuse half of a parametrized tensor, however lenient the load: its parts belong together."""
+        for tensor in self.live.values():
             prefixes = _prefixes(tensor)
             theirs = _local(self.file_parts, prefixes)
             ours = _local(self.model_parts, prefixes)
@@ -230,13 +241,11 @@ class _Planner:
                 self.plan.lower(verdict.fidelity)
             elif strict and not any(record.path.startswith(f"{prefix}.") for prefix in self.owners):
                 self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
+        links = {id(_torch.unwrap(link)) for tensor in self.live.values() for link in tensor.parametrizations}
         for module in self.modules.values():
             cls = _torch.class_before_parametrizations(module)
-            if id(module) not in recorded and self.registry.for_type(cls) is not None and not self._is_link(module):
+            if self.registry.for_type(cls) is not None and id(module) not in recorded | links | self.fresh:
                 self.plan.lower(Fidelity.UNVERIFIED)
-
-    def _is_link(self, module: nn.Module) -> bool:
-        return any(module is _torch.unwrap(link) for tensor in self.parametrized for link in tensor.parametrizations)
 
     # Tensors
 
@@ -257,7 +266,7 @@ class _Planner:
     def _match_tensor(self, found: list[Slot], slots: list[Slot]) -> None:
         slot, tensor = found[0], found[0].tensor
         owner = self._owner_of(slot.key)
-        if tensor is None and (owner is None or slot.key in self.plan.missing):
+        if tensor is None and owner is None:
             return  # None by intention (a BatchNorm without running statistics): the key is unexpected
         self.settled.update(each.key for each in slots)
         stored = list(dict.fromkeys(self.manifest.kept_key(each.key) for each in found))
@@ -285,7 +294,7 @@ class _Planner:
             return
         if device.type == "meta":
             device = self.device
-        self._plan_make(Make(slot.key, stored[0], dtype, device, _placer(slots)), slots)
+        self._plan_make(Make(slot.key, stored[0], dtype, device, _Place(tuple(slots))), slots)
 
     def _plan_make(self, make: Make, slots: list[Slot]) -> None:
         tensor = slots[0].tensor
@@ -305,7 +314,7 @@ class _Planner:
         return self.device if owner.device.type == "meta" else owner.device
 
     def _target_dtype(self, key: str, owner: Owner) -> torch.dtype | None:
-        """dtype of a tensor that is made: that of the file, or where the model's originals have another one, theirs."""
+        """Dtype of a tensor that is made: that of the file, or where the model's originals have another one, theirs."""
         record = self._stored(key)
         same = record.dtype == owner.stored_dtype
         return self._checked_dtype(key, owner.dtype if same else DTYPES[record.dtype], owner)
@@ -315,8 +324,8 @@ class _Planner:
         if record.dtype == target:
             return dtype
         if not is_lossless(record.dtype, target):
-            text = f"{record.dtype} in the file, {target} in the model, which cannot hold it exactly; use a {record.dtype} model"
-            self.plan.mismatch(key, text)
+            text = f"{record.dtype} in the file, {target} in the model, which cannot hold it exactly"
+            self.plan.mismatch(key, f"{text}; use a {record.dtype} model")
             return None
         if owner is not None and owner.outcome is not None:
             owner.outcome.fidelity = min(owner.outcome.fidelity, Fidelity.UNVERIFIED)
@@ -351,12 +360,8 @@ class _Planner:
         stranded = [key for key, buffer in self.transient.items() if buffer.device.type == "meta"]
         if stranded:
             self.plan.notes.append(
-                f"still on the meta device, because non-persistent buffers are in no checkpoint: {', '.join(stranded[:5])}"
+                f"still on the meta device, because non-persistent buffers are in no checkpoint: {shorten(stranded)}"
             )
-
-
-def _placer(slots: list[Slot]) -> _Place:
-    return _Place(tuple(slots))
 
 
 @dataclass(frozen=True)
@@ -372,7 +377,7 @@ class _Place:
             new.__class__ = type(old)
             vars(new).update(vars(old))
             # The object stays: an optimizer, a tie or a list that holds it goes on holding the right one.
-            torch.utils.swap_tensors(old, new)
+            _torch.swap(old, new)
         else:
             for slot in self.slots:
                 _torch.set_buffer(slot.module, slot.name, tensor)

@@ -1,17 +1,18 @@
 """Replace a file as a whole or not at all, durably.
 
-The new bytes go to a temporary file beside the target, are forced to the disk, and take the target's name in one step, whose
-own durability is then forced too. Until that step the previous file is untouched.
+The new bytes go to a temporary file beside the target, are forced to the disk, and take the target's name in one step,
+whose own durability is then forced too. Until that step the previous file is untouched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import secrets
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from orthoserde.errors import CommitUncertainError, FileAccessError
 
@@ -20,7 +21,7 @@ TEMPORARY_MARK = ".orthoserde-"
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
     """Open a temporary file that becomes ``path`` when the block ends without an exception.
 
     A symbolic link is followed: the file it points to is replaced. The mode is that of the replaced file, or what the
@@ -33,10 +34,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         FileAccessError: The system refused something; the previous file is untouched and no temporary file is left.
         CommitUncertainError: The new file is in place, but the folder could not be forced to the disk.
     """
-    name = os.path.realpath(os.fspath(path))
-    if isinstance(name, bytes):
-        name = os.fsdecode(name)
+    name = os.fsdecode(path)
     try:
+        name = os.path.realpath(name)
         mode = _mode_of(name)
         folder, base = os.path.split(name)
         # The mark and the suffix must fit beside the name: file names end at 255 bytes.
@@ -46,17 +46,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         descriptor = os.open(temporary, flags, 0o666)
     except OSError as error:
         raise _refused(error, "cannot create", name) from error
+    except ValueError as error:  # a NUL in the path
+        raise FileAccessError(errno.EINVAL, str(error), name) from error
     try:
         with os.fdopen(descriptor, "w+b", buffering=0) as file:
             if mode is not None and hasattr(os, "fchmod"):
                 os.fchmod(file.fileno(), mode)
-            yield file  # type: ignore[misc]  # a raw file is all the writer needs
+            yield file
             os.fsync(file.fileno())
         os.replace(temporary, name)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and not isinstance(error, FileAccessError):
+        if isinstance(error, OSError):
             raise _refused(error, "cannot write", name) from error
         raise
     try:
@@ -66,6 +68,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _refused(error: OSError, what: str, name: str) -> FileAccessError:
+    if isinstance(error, FileAccessError):
+        return error
     return FileAccessError(
         error.errno, f"{what} the checkpoint, the previous file is untouched: {error.strerror}", name
     )
@@ -78,7 +82,7 @@ def _mode_of(name: str) -> int | None:
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(status.st_mode):
-        raise FileAccessError(None, "not a regular file, so it is not replaced by a checkpoint", name)
+        raise FileAccessError(errno.EINVAL, "not a regular file, so it is not replaced by a checkpoint", name)
     return stat.S_IMODE(status.st_mode)
 
 

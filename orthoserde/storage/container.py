@@ -141,7 +141,8 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> Header:
         position = entry.stop
     if position != data_bytes:
         raise FileFormatError(
-            f"{where}: the header describes {position} bytes of tensors, the file holds {data_bytes}: truncated or damaged"
+            f"{where}: the header describes {position} bytes of tensors, the file holds {data_bytes}: "
+            "truncated or damaged"
         )
     return Header(ordered, {key: str(item) for key, item in metadata.items()})
 

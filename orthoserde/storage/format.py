@@ -1,7 +1,7 @@
 """Where the manifest stands in a safetensors file, and how the two are held to each other.
 
-A file of ours is canonical: its header is a function of its manifest, byte for byte. So a reader parses the manifest, writes
-the header again and compares, and no bit of the header can change unseen.
+A file of ours is canonical: its header is a function of its manifest, byte for byte. So a reader parses the manifest,
+writes the header again and compares, and no bit of the header can change unseen.
 """
 
 from __future__ import annotations

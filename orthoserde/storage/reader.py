@@ -1,7 +1,8 @@
-"""Files to checkpoints. Only the header is read at once; tensors are read when asked, into the memory that wants them."""
+"""Files to checkpoints. Only the header is read at once; a tensor is read when asked, into the memory that wants it."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -59,7 +60,7 @@ def _open(name: str) -> io.FileIO:
     except OSError as error:
         raise FileAccessError(error.errno, f"cannot open the checkpoint: {error.strerror}", name) from error
     except ValueError as error:
-        raise FileFormatError(f"{name!r} is not a path: {error}") from error
+        raise FileAccessError(errno.EINVAL, str(error), name) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileFormatError(f"{name}: not a regular file")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import xxhash
 
@@ -59,7 +59,7 @@ def _with_digests(manifest: Manifest, digests: dict[str, str]) -> Manifest:
     return dataclasses.replace(manifest, tensors=tensors)
 
 
-def _write_all(file: BinaryIO, block: memoryview) -> None:
+def _write_all(file: io.FileIO, block: memoryview) -> None:
     for part in _parts(block):
         done = 0
         while done < len(part):

@@ -21,6 +21,9 @@ INT_LIMIT = 2**63
 
 MAX_DEPTH = 64
 
+#: Levels of a file around a configuration, so that whatever :func:`to_json` accepts can be read again.
+SURROUNDING_DEPTH = 16
+
 
 def encode(value: JSON) -> str:
     """Write a JSON value as canonical text: sorted keys, no spaces, no escapes but those that JSON demands."""
@@ -52,7 +55,7 @@ def decode(text: str | bytes, where: str) -> JSON:
             parse_int=_bounded_int,
             parse_float=_finite_float,
         )
-        return to_json(value)
+        return to_json(value, -SURROUNDING_DEPTH)
     except (ValueError, ConfigError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise FileFormatError(f"{where}: not valid JSON: {reason}") from error
@@ -104,6 +107,8 @@ def _no_constant(name: str) -> JSON:
 def _bounded_int(digits: str) -> int:
     if len(digits) > 20:
         raise ValueError("an integer needs more than 64 bits")
+    if digits == "-0":
+        raise ValueError("-0 is not an integer")  # to other readers it is a float
     return int(digits)
 
 

@@ -233,7 +233,7 @@ def decode_manifest(value: JSON, where: str) -> Manifest:
         FileFormatError: A field is missing, of another type, or contradicts another one.
     """
     top = _Fields(value, where, "manifest")
-    version = top.integer("version")
+    version = top.version()
     if version > FORMAT_VERSION:
         raise FormatVersionError(
             f"{where}: written in format version {version}, this orthoserde reads up to {FORMAT_VERSION}; "
@@ -241,13 +241,11 @@ def decode_manifest(value: JSON, where: str) -> Manifest:
             version,
             FORMAT_VERSION,
         )
-    if version < 1:
-        raise top.error("version", "an integer from 1", version)
     digest = top.string("digest")
     if digest != tensor_bytes.DIGEST:
-        raise top.error("digest", repr(tensor_bytes.DIGEST), digest)
+        raise top.newer(f"digest: the digest {digest[:64]!r}")
     if top.take("training") is not None:
-        raise top.error("training", "null (training state needs a newer orthoserde)", "an object")
+        raise top.newer("training: training state")
     tensors = {
         key: _decode_tensor(_Fields(item, where, f"tensors[{key!r}]")) for key, item in top.mapping("tensors").items()
     }
@@ -280,7 +278,7 @@ def _decode_tensor(fields: _Fields) -> TensorRecord:
     )
     fields.finish()
     if record.dtype not in tensor_bytes.DTYPES:
-        raise fields.error("dtype", "a dtype that torch has", record.dtype)
+        raise fields.error("dtype", "a dtype that torch has", record.dtype[:64])
     if len(record.stride) != len(record.shape):
         raise fields.error("stride", f"{len(record.shape)} strides", len(record.stride))
     digest = record.digest or ""
@@ -306,6 +304,8 @@ def _decode_parametrized(fields: _Fields) -> ParametrizedRecord:
     )
     fields.drop("shape", "dtype")
     fields.finish()
+    if record.dtype is not None and record.dtype not in tensor_bytes.DTYPES:
+        raise fields.error("dtype", "a dtype that torch has", record.dtype[:64])
     count = len(record.originals)
     names = {"original"} if set(record.originals) == {"original"} else {f"original{i}" for i in range(count)}
     if set(record.originals) != names or not count:
@@ -319,7 +319,7 @@ def _decode_link(fields: _Fields) -> ParametrizationRecord:
     kind = fields.string("kind")
     class_name = None if fields.peek("class") is None else fields.string("class")
     config = None if fields.peek("config") is None else fields.mapping("config")
-    link = ParametrizationRecord(kind, fields.integer("version"), config, class_name, fields.encodings("tensors"))
+    link = ParametrizationRecord(kind, fields.version(), config, class_name, fields.encodings("tensors"))
     fields.drop("class", "config")
     fields.finish()
     if (kind == OPAQUE) != (class_name is not None):
@@ -329,7 +329,7 @@ def _decode_link(fields: _Fields) -> ParametrizationRecord:
 
 def _decode_module(fields: _Fields) -> ModuleRecord:
     config = None if fields.peek("config") is None else fields.mapping("config")
-    record = ModuleRecord(fields.string("path"), fields.string("kind"), fields.integer("version"), config)
+    record = ModuleRecord(fields.string("path"), fields.string("kind"), fields.version(), config)
     fields.drop("config")
     fields.finish()
     return record
@@ -339,6 +339,9 @@ def _check_references(manifest: Manifest, where: str) -> None:
     for key, kept in manifest.aliases.items():
         if kept not in manifest.tensors or key in manifest.tensors:
             raise FileFormatError(f"{where}: aliases[{key!r}]: expected the key of a stored tensor, got {kept!r}")
+    for key in manifest.left_out:
+        if key in manifest:
+            raise FileFormatError(f"{where}: left_out: the file holds {key!r}")
     seen: set[str] = set()
     for record in manifest.parametrized:
         if record.name in seen:
@@ -364,6 +367,10 @@ class _Fields:
     def error(self, name: str, expected: str, got: object) -> FileFormatError:
         return FileFormatError(f"{self.where}: {self.path}.{name}: expected {expected}, got {got!r}")
 
+    def newer(self, what: str) -> FormatVersionError:
+        message = f"{self.where}: {self.path}.{what} needs a newer orthoserde"
+        return FormatVersionError(message, FORMAT_VERSION, FORMAT_VERSION)
+
     def peek(self, name: str) -> JSON:
         if name not in self._left:
             raise FileFormatError(f"{self.where}: {self.path}: the field {name!r} is missing")
@@ -381,11 +388,8 @@ class _Fields:
     def finish(self) -> None:
         if self._left:
             names = ", ".join(repr(name) for name in sorted(self._left)[:8])
-            raise FormatVersionError(
-                f"{self.where}: {self.path}: unknown field {names}; the file needs a newer orthoserde",
-                FORMAT_VERSION,
-                FORMAT_VERSION,
-            )
+            message = f"{self.where}: {self.path}: unknown field {names}; the file needs a newer orthoserde"
+            raise FormatVersionError(message, FORMAT_VERSION, FORMAT_VERSION)
 
     def string(self, name: str) -> str:
         value = self.take(name)
@@ -399,10 +403,10 @@ class _Fields:
             raise self.error(name, "true or false", _type_name(value))
         return value
 
-    def integer(self, name: str) -> int:
-        value = self.take(name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(name, "an integer", _type_name(value))
+    def version(self) -> int:
+        value = self.take("version")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.error("version", "an integer from 1", value if isinstance(value, int) else _type_name(value))
         return value
 
     def sequence(self, name: str) -> list[JSON]:
@@ -427,11 +431,7 @@ class _Fields:
         value = self.strings(name)
         for role, encoding in value.items():
             if encoding != DENSE:
-                raise FormatVersionError(
-                    f"{self.where}: {self.path}.{name}.{role}: the encoding {encoding!r} needs a newer orthoserde",
-                    FORMAT_VERSION,
-                    FORMAT_VERSION,
-                )
+                raise self.newer(f"{name}.{role}: the encoding {encoding[:64]!r}")
         return value
 
     def string_list(self, name: str) -> tuple[str, ...]:

@@ -209,7 +209,6 @@ class Registry:
         Raises:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.
         """
-
         _check_kind(kind)
 
         def decorate(cls: ModuleClass) -> ModuleClass:

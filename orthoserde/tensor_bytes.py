@@ -63,10 +63,10 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether these strides visit each of ``numel`` adjacent elements exactly once (some order of row-major)."""
+    if 0 in shape:
+        return True
     step = 1
     for dim_stride, size in sorted((st, size) for st, size in zip(stride, shape, strict=True) if size != 1):
-        if size == 0:
-            return True
         if dim_stride != step:
             return False
         step *= size
@@ -75,11 +75,11 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 def may_overlap(tensor: Tensor) -> bool:
     """Whether two elements of the tensor may share memory, as in an expanded tensor."""
+    if tensor.numel() == 0:
+        return False
     reach = 0
     dims = sorted((st, size) for st, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
     for dim_stride, size in dims:
-        if size == 0:
-            return False
         if dim_stride <= reach:
             return True
         reach += dim_stride * (size - 1)

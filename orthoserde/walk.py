@@ -126,8 +126,11 @@ def take_inventory(model: nn.Module, prefix: str = "") -> Inventory:
         prefix: Path under which the model itself stands, for a part that is about to be attached there.
 
     Raises:
+        TypeError: Not a module.
         UnsupportedModuleError: The module graph has a cycle, or two tensors would have one key.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = {}
     slots: dict[str, Slot] = {}
     transient: dict[str, Tensor] = {}

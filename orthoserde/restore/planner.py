@@ -202,7 +202,7 @@ class _Planner:
         elif any(name in self.manifest for name in plain):
             self.plan.mismatch(
                 tensor.name,
-                f"parametrized in the model ({classes}), plain in the file; load into the plain model, then parametrize",
+                f"parametrized in the model ({classes}), plain in the file; load the plain model, then parametrize",
             )
             self._settle([*prefixes, *plain])
 

@@ -56,7 +56,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
             os.fsync(file.fileno())
         os.replace(temporary, name)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
             raise _refused(error, "cannot write", name) from error

@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,17 +106,28 @@ class StoredTensor:
 
     def blocks(self) -> Iterator[memoryview]:
         """Yield the elements as row-major bytes, in one buffer that is used again and again."""
+        read_into = self._reader()
         left = self.entry.stop - self.entry.start
         buffer = memoryview(bytearray(min(left, tensor_bytes.BLOCK_BYTES)))
-        self.file.seek(self.data_start + self.entry.start)
         while left:
             memory = buffer[: min(left, len(buffer))]
-            _read_into(self.file, memory, self.name)
+            read_into(memory)
             left -= len(memory)
             yield memory
 
     def fill(self, target: Tensor) -> str:
         """Read the elements into ``target``; return the digest of the bytes that were read."""
-        self.file.seek(self.data_start + self.entry.start)
         dtype: torch.dtype = tensor_bytes.DTYPES[self.dtype]
-        return tensor_bytes.fill(target, dtype, lambda memory: _read_into(self.file, memory, self.name))
+        return tensor_bytes.fill(target, dtype, self._reader())
+
+    def _reader(self) -> Callable[[memoryview], None]:
+        position = self.data_start + self.entry.start
+
+        def read_into(memory: memoryview) -> None:
+            # All tensors share the file: another one may have been read since the last block.
+            nonlocal position
+            self.file.seek(position)
+            _read_into(self.file, memory, self.name)
+            position += len(memory)
+
+        return read_into

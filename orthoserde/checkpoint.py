@@ -24,7 +24,7 @@ class TensorSource(Protocol):
         """Overwrite ``target`` in place, converting the dtype; return the digest of the bytes that were read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LiveTensor:
     """A tensor in memory, seen as it is at the moment of reading."""
 

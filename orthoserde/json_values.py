@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import TypeAlias, Union
 
@@ -23,6 +24,8 @@ MAX_DEPTH = 64
 
 #: Levels of a file around a configuration, so that whatever :func:`to_json` accepts can be read again.
 SURROUNDING_DEPTH = 16
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD]")
 
 
 def encode(value: JSON) -> str:
@@ -55,10 +58,22 @@ def decode(text: str | bytes, where: str) -> JSON:
             parse_int=_bounded_int,
             parse_float=_finite_float,
         )
-        return to_json(value, -SURROUNDING_DEPTH)
+        _check_depth(value)
+        # Text that was UTF-8 holds lone surrogates only by way of escapes; only then is every string looked at.
+        return to_json(value, -SURROUNDING_DEPTH) if _SURROGATE_ESCAPE.search(text) else value
     except (ValueError, ConfigError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise FileFormatError(f"{where}: not valid JSON: {reason}") from error
+
+
+def _check_depth(value: JSON) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + SURROUNDING_DEPTH + 1):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise ConfigError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def to_json(value: object, depth: int = 0) -> JSON:

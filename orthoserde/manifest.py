@@ -23,7 +23,7 @@ OPAQUE = "opaque"
 DENSE = "dense"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """One stored tensor.
 
@@ -42,7 +42,7 @@ class TensorRecord:
     digest: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParametrizationRecord:
     """One link of a chain of parametrizations.
 
@@ -61,7 +61,7 @@ class ParametrizationRecord:
     tensors: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParametrizedRecord:
     """One parametrized tensor of a module.
 
@@ -106,7 +106,7 @@ class ParametrizedRecord:
         return own + [self.link_key(i, role) for i, link in enumerate(self.chain) for role in link.tensors]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ModuleRecord:
     """One module of a registered class.
 

@@ -120,7 +120,9 @@ def row_blocks(tensor: Tensor, limit: int = BLOCK_BYTES) -> Iterator[Tensor]:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """View the memory of a row-major CPU tensor as bytes, without a copy."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # A single element is row-major whatever its strides, and view(-1) would keep those.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
 
 
 def _is_plain_memory(tensor: Tensor) -> bool:

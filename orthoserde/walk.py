@@ -19,7 +19,7 @@ from orthoserde.manifest import join
 from orthoserde.tensor_bytes import DTYPES, dtype_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParametrizedTensor:
     """One tensor of a module on which parametrizations are registered.
 
@@ -58,7 +58,7 @@ class ParametrizedTensor:
         return f"<ParametrizedTensor {self.name!r}: {classes}>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One place of a module where a parameter or persistent buffer is registered.
 
@@ -154,17 +154,23 @@ def take_inventory(model: nn.Module, prefix: str = "") -> Inventory:
 
 def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Every path and module, parents first, shared modules once for each path."""
-    # Iterative, and ancestors travel along: a deep model must not end in RecursionError, nor a cyclic one in a hang.
-    pending: list[tuple[str, nn.Module, frozenset[int]]] = [(prefix, model, frozenset())]
+    # Iterative: a deep model must not end in RecursionError, nor a cyclic one in a hang. None ends a module.
+    pending: list[tuple[str, nn.Module] | None] = [(prefix, model)]
+    ancestors: list[int] = []
     while pending:
-        path, wrapped, ancestors = pending.pop()
-        module = _torch.unwrap(wrapped)
-        if id(module) in ancestors:
+        entry = pending.pop()
+        if entry is None:
+            ancestors.pop()
+            continue
+        path, module = entry[0], _torch.unwrap(entry[1])
+        children = _torch.child_modules(module)
+        if children and id(module) in ancestors:
             raise UnsupportedModuleError(f"the module {path!r} contains itself")
         yield path, module
-        ancestors = ancestors | {id(module)}
-        children = [(join(path, name), child, ancestors) for name, child in _torch.child_modules(module).items()]
-        pending.extend(reversed(children))
+        if children:
+            ancestors.append(id(module))
+            pending.append(None)
+            pending.extend(reversed([(join(path, name), child) for name, child in children.items()]))
 
 
 def _slots_of(module: nn.Module, path: str) -> Iterator[Slot]:

@@ -13,7 +13,7 @@ from orthoserde.reports import Fidelity
 from orthoserde.restore.attach import Attachment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Write:
     """Elements of a stored tensor that go into an existing one, in place.
 
@@ -30,7 +30,7 @@ class Write:
     fresh: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Make:
     """A stored tensor for which a new one is made: the model has None or a meta tensor in its place.
 
@@ -49,7 +49,7 @@ class Make:
     place: Callable[[Tensor], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tie:
     """Tensors of the file that go into the same elements of the model, and so must agree."""
 

@@ -41,7 +41,7 @@ _NAMES = {code: name for name, code in CODES.items()}
 _ITEM_BYTES = {name: DTYPES[name].itemsize for name in DTYPES}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of the container.
 

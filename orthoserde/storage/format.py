@@ -6,13 +6,14 @@ writes the header again and compares, and no bit of the header can change unseen
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 
 import xxhash
 
 from orthoserde import json_values
 from orthoserde.errors import DamagedFileError, FileFormatError
-from orthoserde.json_values import JSON
 from orthoserde.manifest import Manifest, TensorRecord, decode_manifest, encode_manifest
 from orthoserde.storage.container import Header, container_form, encode_header, storage_order
 from orthoserde.tensor_bytes import contiguous_strides
@@ -25,6 +26,8 @@ RESERVED_KEYS = frozenset({"format", MANIFEST_KEY})
 
 #: How every manifest begins. A damaged key must not make a file of ours look like another library's.
 _ENVELOPE_START = '{"digest":"'
+
+_ENVELOPE = re.compile(_ENVELOPE_START + r'(?P<digest>[0-9a-f]{32})","manifest":(?P<manifest>\{.*\})\}', re.DOTALL)
 
 #: Keys that no tensor can have, because the container means something else by them.
 FORBIDDEN_TENSOR_KEYS = frozenset({"__metadata__"})
@@ -41,15 +44,14 @@ def _forms(tensors: Mapping[str, TensorRecord]) -> dict[str, tuple[str, tuple[in
 
 def file_header(manifest: Manifest) -> bytes:
     """The length and header of the file that holds this manifest, whose tensors are in storage order."""
-    encoded = encode_manifest(manifest)
-    envelope: JSON = {"digest": _digest(encoded), "manifest": encoded}
+    text = json_values.encode(encode_manifest(manifest))
     metadata = {key: kept for key, kept in manifest.aliases.items() if key not in RESERVED_KEYS}
-    metadata |= {"format": "pt", MANIFEST_KEY: json_values.encode(envelope)}
+    metadata |= {"format": "pt", MANIFEST_KEY: f'{_ENVELOPE_START}{_digest(text)}","manifest":{text}}}'}
     return encode_header(_forms(manifest.tensors), metadata)
 
 
-def _digest(manifest: JSON) -> str:
-    return xxhash.xxh3_128_hexdigest(json_values.encode(manifest).encode("utf-8"))
+def _digest(manifest: str) -> str:
+    return xxhash.xxh3_128_hexdigest(manifest.encode("utf-8", "surrogatepass"))
 
 
 def manifest_of(header: Header, raw: bytes, where: str) -> Manifest:
@@ -70,15 +72,15 @@ def manifest_of(header: Header, raw: bytes, where: str) -> Manifest:
                 f"{where}: a manifest stands under another key than {MANIFEST_KEY!r}; the file is damaged"
             )
         return _foreign_manifest(header)
-    envelope = json_values.decode(header.metadata[MANIFEST_KEY], f"{where}: manifest")
-    if not isinstance(envelope, dict) or set(envelope) != {"digest", "manifest"}:
+    match = _ENVELOPE.fullmatch(header.metadata[MANIFEST_KEY])
+    if match is None:
         raise FileFormatError(f"{where}: expected a manifest and its digest in __metadata__.{MANIFEST_KEY}")
-    if _digest(envelope["manifest"]) != envelope["digest"]:
+    if _digest(match["manifest"]) != match["digest"]:
         raise DamagedFileError(
             f"{where}: the manifest does not match its digest; the file is damaged, use another copy"
         )
-    manifest = decode_manifest(envelope["manifest"], where)
-    ordered = Manifest(**{**vars(manifest), "tensors": in_storage_order(manifest.tensors)})
+    manifest = decode_manifest(json_values.decode(match["manifest"], f"{where}: manifest"), where)
+    ordered = dataclasses.replace(manifest, tensors=in_storage_order(manifest.tensors))
     if file_header(ordered) != raw:
         raise DamagedFileError(
             f"{where}: the header does not match the manifest; the file is damaged or was rewritten by another tool"

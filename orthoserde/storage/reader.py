@@ -93,7 +93,7 @@ def _read_into(file: io.FileIO, memory: memoryview, name: str) -> None:
         done += count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """The elements of one tensor of an open file."""
 

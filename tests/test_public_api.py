@@ -1,0 +1,123 @@
+"""The public face: its names, its signatures and its examples. `typing/public_api.py` has the type checker's side."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import orthoserde
+
+ROOT = Path(__file__).parent.parent
+
+SIGNATURES = {
+    "save": "(model, path, *, metadata=None, registry=None)",
+    "load": "(model, path, *, strict=True, reparametrize=True, device=None, verify=True, registry=None)",
+    "register": "(kind, version=1)",
+    "parametrized_tensors": "(model)",
+}
+
+ERRORS = {
+    "CheckpointNotFoundError": FileNotFoundError,
+    "CommitUncertainError": OSError,
+    "ConfigError": ValueError,
+    "DamagedFileError": ValueError,
+    "FileAccessError": OSError,
+    "FileFormatError": ValueError,
+    "FormatVersionError": ValueError,
+    "IncompatibleModelError": RuntimeError,
+    "LoadInterruptedError": RuntimeError,
+    "OrthoserdeError": Exception,
+    "RegistrationError": ValueError,
+    "UnsupportedModuleError": RuntimeError,
+}
+
+VALUES = {
+    "Codec",
+    "Fidelity",
+    "LoadReport",
+    "ParametrizedTensor",
+    "Problem",
+    "Registry",
+    "SaveReport",
+    "TensorReport",
+    "__version__",
+    "default_registry",
+}
+
+
+def test_the_names_are_these() -> None:
+    assert set(orthoserde.__all__) == SIGNATURES.keys() | ERRORS.keys() | VALUES
+    assert all(hasattr(orthoserde, name) for name in orthoserde.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(SIGNATURES))
+def test_the_signatures_are_these(name: str) -> None:
+    signature = inspect.signature(getattr(orthoserde, name))
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", sorted(ERRORS))
+def test_every_error_is_of_the_family_and_of_the_builtin_users_catch(name: str) -> None:
+    error = getattr(orthoserde, name)
+    assert issubclass(error, orthoserde.OrthoserdeError)
+    assert issubclass(error, ERRORS[name])
+
+
+def test_fidelities_are_ordered() -> None:
+    assert orthoserde.Fidelity.EXACT > orthoserde.Fidelity.UNVERIFIED > orthoserde.Fidelity.INFERENCE
+    assert str(orthoserde.Fidelity.EXACT) == "EXACT"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in orthoserde.__all__ if name not in ("__version__", "default_registry")]
+)
+def test_everything_public_has_a_docstring(name: str) -> None:
+    assert inspect.getdoc(getattr(orthoserde, name))
+
+
+@pytest.mark.parametrize("function", ["save", "load"])
+def test_a_docstring_names_every_argument(function: str) -> None:
+    text = inspect.getdoc(getattr(orthoserde, function)) or ""
+    for parameter in inspect.signature(getattr(orthoserde, function)).parameters:
+        assert f"    {parameter}: " in text
+
+
+def _modules() -> list[str]:
+    return [info.name for info in pkgutil.walk_packages(orthoserde.__path__, "orthoserde.")]
+
+
+def test_the_examples_in_docstrings_run() -> None:
+    attempted = 0
+    for name in _modules():
+        if name != "orthoserde.__main__":
+            result = doctest.testmod(importlib.import_module(name))
+            assert result.failed == 0, name
+            attempted += result.attempted
+    assert attempted > 0
+
+
+def test_importing_the_package_imports_nothing_heavy_beside_torch() -> None:
+    code = "import torch, sys; before = set(sys.modules); import orthoserde; print(sorted(set(sys.modules) - before))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    brought = {name.split(".")[0] for name in eval(found)}  # noqa: S307  # a list of strings that the line above printed
+    assert brought <= {
+        "orthoserde",
+        "xxhash",
+        "secrets",
+        "hmac",
+        "_hashlib",
+        "json",
+        "numpy",
+        "torch",
+        "base64",
+        "_hmac",
+    }

@@ -1,0 +1,73 @@
+"""The public API as a user's type checker sees it. Checked by mypy, never executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import orthoserde
+
+
+def saving(model: nn.Linear, path: Path) -> None:
+    report = orthoserde.save(model, path, metadata={"run": "7"}, registry=orthoserde.Registry())
+    assert_type(report, orthoserde.SaveReport)
+    assert_type(report.file_bytes, int)
+    assert_type(report.aliases, Mapping[str, str])
+    assert_type(report.opaque, tuple[str, ...])
+    orthoserde.save(model, "model.safetensors")
+
+
+def loading(model: nn.Linear, path: Path) -> None:
+    report = orthoserde.load(
+        model, path, strict=False, reparametrize=False, device="cpu", verify=False, registry=orthoserde.default_registry
+    )
+    assert_type(report, orthoserde.LoadReport)
+    assert_type(report.fidelity, orthoserde.Fidelity)
+    assert_type(report.fidelity < orthoserde.Fidelity.EXACT, bool)
+    missing, unexpected = report
+    assert_type(missing, list[str])
+    assert_type(unexpected, list[str])
+    assert_type(report.tensors["weight"], orthoserde.TensorReport)
+    assert_type(report.tensors["weight"].residual, float | None)
+
+
+def walking(model: nn.Module) -> None:
+    assert_type(orthoserde.parametrized_tensors(model), Iterator[orthoserde.ParametrizedTensor])
+    for record in orthoserde.parametrized_tensors(model):
+        assert_type(record.module, nn.Module)
+        assert_type(record.originals, Mapping[str, Tensor])
+
+
+@orthoserde.register("mylab>Symmetric", version=2)
+class Symmetric(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+
+def the_decorator_keeps_the_class() -> None:
+    assert_type(Symmetric(1.0), Symmetric)
+    assert_type(Symmetric(1.0).scale, float)
+    Symmetric("a")  # type: ignore[arg-type]
+
+
+def failing(model: nn.Module) -> None:
+    try:
+        orthoserde.load(model, "model.safetensors")
+    except orthoserde.IncompatibleModelError as error:
+        assert_type(error.missing_keys, list[str])
+        assert_type(error.problems, tuple[orthoserde.Problem, ...])
+    except orthoserde.FormatVersionError as error:
+        assert_type(error.supported, int)
+    except orthoserde.OrthoserdeError:
+        raise
+
+
+def wrong_calls(model: nn.Module) -> None:
+    orthoserde.save(model)  # type: ignore[call-arg]
+    orthoserde.save(model, 3)  # type: ignore[arg-type]
+    orthoserde.load(model, "a", False)  # type: ignore[call-arg]
+    orthoserde.register(nn.Linear)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""Models and files without any parametrization, as with safetensors' save_model and load_model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
+
+import orthoserde
+from orthoserde import Fidelity, IncompatibleModelError
+
+
+class Tied(nn.Module):
+    """A language model in small: the decoder is the embedding."""
+
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.decoder = nn.Linear(4, 7)
+        if tie:
+            self.decoder.weight = self.embedding.weight
+
+
+def equal(left: nn.Module, right: nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_plain_model_round_trips_exactly(tmp_path: Path) -> None:
+    model, other = Tied(), Tied()
+    report = orthoserde.save(model, tmp_path / "m.safetensors")
+    assert report.aliases == {"decoder.weight": "embedding.weight"}
+    assert report.needs_orthoserde == ("tied tensors are stored once",)
+    loaded = orthoserde.load(other, tmp_path / "m.safetensors")
+    assert loaded.fidelity is Fidelity.EXACT
+    assert (loaded.missing_keys, loaded.unexpected_keys) == ([], [])
+    assert tuple(loaded) == ([], [])
+    assert equal(model, other)
+    assert other.decoder.weight is other.embedding.weight
+
+
+def test_safetensors_loads_what_orthoserde_saved(tmp_path: Path) -> None:
+    model, other = Tied(), Tied()
+    orthoserde.save(model, tmp_path / "m.safetensors")
+    missing, unexpected = safetensors.torch.load_model(other, tmp_path / "m.safetensors")
+    assert not missing
+    assert not unexpected
+    assert equal(model, other)
+
+
+def test_torch_loads_what_orthoserde_saved_where_the_report_says_so(tmp_path: Path) -> None:
+    model, other = Tied(tie=False), Tied(tie=False)
+    assert orthoserde.save(model, tmp_path / "m.safetensors").needs_orthoserde == ()
+    other.load_state_dict(safetensors.torch.load_file(tmp_path / "m.safetensors"))
+    assert equal(model, other)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_orthoserde_loads_what_safetensors_saved(tmp_path: Path, tie: bool) -> None:
+    model, other = Tied(tie), Tied(tie)
+    safetensors.torch.save_model(model, str(tmp_path / "m.safetensors"))
+    assert orthoserde.load(other, tmp_path / "m.safetensors").fidelity is Fidelity.EXACT
+    assert equal(model, other)
+
+
+def test_a_tied_key_that_the_file_leaves_out_is_not_missing(tmp_path: Path) -> None:
+    model, other = Tied(), Tied()
+    state = {key: value for key, value in model.state_dict().items() if key != "decoder.weight"}
+    safetensors.torch.save_file(state, tmp_path / "m.safetensors")
+    assert orthoserde.load(other, tmp_path / "m.safetensors").missing_keys == []
+    assert equal(model, other)
+
+
+def test_both_copies_of_a_tied_tensor_must_agree(tmp_path: Path) -> None:
+    model = Tied()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "same.safetensors")
+    other = Tied()
+    assert orthoserde.load(other, tmp_path / "same.safetensors").fidelity is Fidelity.EXACT
+    assert equal(model, other)
+    state["decoder.weight"] += 1
+    safetensors.torch.save_file(state, tmp_path / "differ.safetensors")
+    before = other.embedding.weight.detach().clone()
+    with pytest.raises(IncompatibleModelError, match=r"embedding\.weight: one tensor in the model, different ones"):
+        orthoserde.load(other, tmp_path / "differ.safetensors")
+    assert torch.equal(other.embedding.weight, before)
+
+
+def test_a_tie_that_the_model_has_lost_is_refused_and_strict_false_loads_copies(tmp_path: Path) -> None:
+    model, other = Tied(), Tied(tie=False)
+    orthoserde.save(model, tmp_path / "m.safetensors")
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(IncompatibleModelError, match=r"decoder\.weight: tied to embedding\.weight in the file"):
+        orthoserde.load(other, tmp_path / "m.safetensors")
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+    report = orthoserde.load(other, tmp_path / "m.safetensors", strict=False)
+    assert report.fidelity is Fidelity.UNVERIFIED
+    assert "separate parameter" in str(report)
+    assert torch.equal(other.decoder.weight, model.decoder.weight)
+    assert torch.equal(other.embedding.weight, model.embedding.weight)
+
+
+def test_a_shared_buffer_that_was_moved_apart_is_no_lost_tie(tmp_path: Path) -> None:
+    mask = torch.arange(4.0)
+    model = nn.Sequential(nn.Module(), nn.Module())
+    model[0].register_buffer("mask", mask)
+    model[1].register_buffer("mask", mask)
+    orthoserde.save(model, tmp_path / "m.safetensors")
+    other = nn.Sequential(nn.Module(), nn.Module())
+    for child in other:
+        child.register_buffer("mask", torch.zeros(4))
+    assert orthoserde.load(other, tmp_path / "m.safetensors").fidelity is Fidelity.EXACT
+    assert all(torch.equal(cast("Tensor", child.mask), mask) for child in other)
+
+
+def test_a_transposed_view_as_a_tie_is_kept_consistent(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = nn.Module()
+        model.encoder = nn.Linear(3, 2, bias=False)
+        model.decoder = nn.Linear(2, 3, bias=False)
+        model.decoder.weight = nn.Parameter(model.encoder.weight.detach().t())
+        return model
+
+    model, other = make(), make()
+    orthoserde.save(model, tmp_path / "m.safetensors")
+    assert orthoserde.load(other, tmp_path / "m.safetensors").fidelity is Fidelity.EXACT
+    assert equal(model, other)
+    state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
+    state["decoder.weight"] = state["decoder.weight"] + 1
+    safetensors.torch.save_file(state, tmp_path / "differ.safetensors")
+    with pytest.raises(IncompatibleModelError, match="shares memory in the model with tensors that differ"):
+        orthoserde.load(other, tmp_path / "differ.safetensors")
+    assert equal(model, other)
+
+
+def test_interleaved_views_of_one_memory_are_no_tie(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        memory = torch.randn(4, 6)
+        model = nn.Module()
+        model.left = nn.Parameter(memory[:, :3])
+        model.right = nn.Parameter(memory[:, 3:])
+        return model
+
+    model, other = make(), make()
+    orthoserde.save(model, tmp_path / "m.safetensors")
+    assert orthoserde.load(other, tmp_path / "m.safetensors").fidelity is Fidelity.EXACT
+    assert equal(model, other)
+
+
+def test_a_state_dict_file_of_a_parametrized_model_is_unverified(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(orthogonal(nn.Linear(5, 3)), spectral_norm(nn.Linear(3, 3)))
+
+    model, other = make(), make()
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "m.safetensors")
+    report = orthoserde.load(other, tmp_path / "m.safetensors")
+    assert report.fidelity is Fidelity.UNVERIFIED
+    assert "the file has no configuration to check" in str(report)
+    assert equal(model, other)
+    del state["0.parametrizations.weight.0.base"]
+    safetensors.torch.save_file(state, tmp_path / "half.safetensors")
+    with pytest.raises(IncompatibleModelError) as caught:
+        orthoserde.load(other, tmp_path / "half.safetensors")
+    assert caught.value.missing_keys == ["0.parametrizations.weight.0.base"]
+    with pytest.raises(IncompatibleModelError, match=r"0\.weight: only part of its state"):
+        orthoserde.load(other, tmp_path / "half.safetensors", strict=False)
+    assert equal(model, other)

@@ -68,12 +68,12 @@ def decode(text: str | bytes, where: str) -> JSON:
 
 def _check_depth(value: JSON) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH + SURROUNDING_DEPTH + 1):
+    for _ in range(MAX_DEPTH + SURROUNDING_DEPTH):
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
         level = [item for items in inner for item in items if isinstance(item, (dict, list))]
         if not level:
             return
-    raise ConfigError(f"nested deeper than {MAX_DEPTH} levels")
+    raise ConfigError(f"nested deeper than {MAX_DEPTH + SURROUNDING_DEPTH} levels")
 
 
 def to_json(value: object, depth: int = 0) -> JSON:
@@ -124,7 +124,10 @@ def _bounded_int(digits: str) -> int:
         raise ValueError("an integer needs more than 64 bits")
     if digits == "-0":
         raise ValueError("-0 is not an integer")  # to other readers it is a float
-    return int(digits)
+    number = int(digits)
+    if not -INT_LIMIT <= number < INT_LIMIT:
+        raise ValueError("an integer needs more than 64 bits")
+    return number
 
 
 def _finite_float(digits: str) -> float:

@@ -279,6 +279,8 @@ def _decode_tensor(fields: _Fields) -> TensorRecord:
     fields.finish()
     if record.dtype not in tensor_bytes.DTYPES:
         raise fields.error("dtype", "a dtype that torch has", record.dtype[:64])
+    if not tensor_bytes.is_countable(record.shape):
+        raise fields.error("shape", "fewer than 2**63 elements", "more")
     if len(record.stride) != len(record.shape):
         raise fields.error("stride", f"{len(record.shape)} strides", len(record.stride))
     digest = record.digest or ""

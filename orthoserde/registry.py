@@ -70,6 +70,22 @@ class Codec(Protocol):
     def residual(self, weight: Tensor) -> float | None:
         """Distance of a computed tensor from the constraint; None where there is no constraint to measure."""
 
+    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
+        """Whether a computed tensor is on the constraint, as far as a tensor of float32 or better can be."""
+
+    def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
+        """The nearest tensor on the constraint."""
+
+    def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
+        """State of which the computed tensor is ``weight``, within the tolerance that the implementation states.
+
+        Returns:
+            The originals by name and its own tensors by role: a chart that starts afresh at this weight.
+
+        Raises:
+            ConfigError: The weight alone does not determine such a state.
+        """
+
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """Bring the configuration of an older version up to :attr:`version`.
 
@@ -144,6 +160,22 @@ class RegisteredClass:
     def residual(self, weight: Tensor) -> float | None:
         """A user's constraint is not known."""
         return None
+
+    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
+        """A user's constraint is not known, so nothing can be said against a weight."""
+        return True
+
+    def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
+        """The weight itself: a user's constraint is not known."""
+        return weight
+
+    def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
+        """Refused: the inverse of a user's class is not known.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(f"{self.kind}: its state cannot be recovered from the computed weight")
 
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """What the class's own ``upgrade(config, from_version)`` returns.

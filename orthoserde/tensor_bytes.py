@@ -61,6 +61,16 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def is_countable(shape: Sequence[int]) -> bool:
+    """Whether 63 bits count the elements, zero sizes left out; in the files of strangers a shape may be any list."""
+    count = 1
+    for size in shape:
+        count *= max(size, 1)
+        if count >= 2**63:
+            return False
+    return True
+
+
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether these strides visit each of ``numel`` adjacent elements exactly once (some order of row-major)."""
     if 0 in shape:

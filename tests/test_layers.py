@@ -19,6 +19,7 @@ FLOORS = {
     "manifest": 0,
     "checkpoint": 0,
     "reports": 0,
+    "completion": 1,
     "registry": 1,
     "storage": 1,
     "parametrizations": 2,

@@ -60,6 +60,23 @@ class WeightNormCodec:
         """Every weight is the norm and direction of itself: there is no constraint."""
         return None
 
+    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
+        """Every weight is admitted."""
+        return True
+
+    def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
+        """The weight as its own direction, with its norm: it comes back within ``4 eps`` of its largest entry.
+
+        Source: ``_WeightNorm.right_inverse``, torch/nn/utils/parametrizations.py (torch 2.13).
+        """
+        with torch.no_grad():
+            norm = torch.norm_except_dim(weight, 2, int(cast("int", config["dim"])))
+        return {"original0": norm, "original1": weight}
+
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """There is one version."""
         raise ConfigError(f"{self.kind}: no version {from_version} is known")

@@ -39,8 +39,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
         name = os.path.realpath(name)
         mode = _mode_of(name)
         folder, base = os.path.split(name)
-        # The mark and the suffix must fit beside the name: file names end at 255 bytes.
-        stem = os.fsdecode(os.fsencode(base)[: 255 - 32]) if len(os.fsencode(base)) > 255 - 32 else base
+        # The mark and the suffix must fit beside the name: file names end at 255 bytes. No character may be cut in two.
+        stem = os.fsencode(base)[: 255 - 32].decode("utf-8", "ignore")
         temporary = os.path.join(folder, f".{stem}{TEMPORARY_MARK}{secrets.token_hex(8)}")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(temporary, flags, 0o666)

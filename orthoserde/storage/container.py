@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from orthoserde import json_values
 from orthoserde.errors import FileFormatError
 from orthoserde.json_values import JSON
-from orthoserde.tensor_bytes import DTYPES
+from orthoserde.tensor_bytes import DTYPES, is_countable
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -154,12 +154,12 @@ def _decode_entry(value: JSON, where: str) -> Entry:
     if name is None:
         raise FileFormatError(f"{where}: unknown dtype {str(value['dtype'])[:32]!r}")
     shape, offsets = _sizes(value["shape"], where), _sizes(value["data_offsets"], where)
+    if not is_countable(shape):
+        raise FileFormatError(f"{where}: the shape is too large")
     if len(offsets) != 2 or offsets[1] - offsets[0] != byte_size(name, shape):
         raise FileFormatError(
             f"{where}: data_offsets do not span the {byte_size(name, shape)} bytes of its dtype and shape"
         )
-    if any(size >= 2**63 for size in (*shape, math.prod(size for size in shape if size))):
-        raise FileFormatError(f"{where}: the shape is too large")
     return Entry(name, shape, offsets[0], offsets[1])
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -147,17 +148,25 @@ def forget_cached(module: nn.Module, tensor_name: str) -> None:
     parametrize._cache.pop((id(module), tensor_name), None)
 
 
-def refresh_flat_weights(module: nn.Module) -> None:
-    """Let an RNN look its weights up again: it keeps its own list of them."""
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
+@contextlib.contextmanager
+def without_weak_references(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let RNNs drop the weak references to their weights for a while: with them, the weights could not be swapped.
+
+    Swapping keeps the objects, so the lists from which the references are made again stay true.
+    """
+    rnns = [module for module in modules if isinstance(module, nn.RNNBase)]
+    for rnn in rnns:
+        rnn._flat_weight_refs.clear()
+    try:
+        yield
+    finally:
+        for rnn in rnns:
+            rnn._flat_weight_refs.extend(None if w is None else weakref.ref(w) for w in rnn._flat_weights)
 
 
-def release_flat_weights(module: nn.Module) -> None:
-    """Let an RNN drop its weak references to its weights, with which they could not be swapped."""
-    if isinstance(module, nn.RNNBase):
-        module._flat_weights = []
-        module._flat_weight_refs = []
+def can_swap(tensor: Tensor) -> bool:
+    """Whether no weak reference and no graph holds on to a tensor, so that it can be swapped."""
+    return not weakref.getweakrefs(tensor) and cast("Any", tensor)._use_count() <= 1
 
 
 def swap(tensor: Tensor, other: Tensor) -> None:

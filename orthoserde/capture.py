@@ -11,6 +11,7 @@ from orthoserde import _torch, json_values
 from orthoserde._version import __version__
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
+from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
     OPAQUE,
@@ -21,7 +22,7 @@ from orthoserde.manifest import (
     TensorRecord,
 )
 from orthoserde.parametrizations import codec_for_type
-from orthoserde.registry import Registry, own_tensors
+from orthoserde.registry import Codec, Registry, own_tensors
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
@@ -45,13 +46,13 @@ def capture(
         ConfigError: A registered class gives a configuration that is not JSON.
     """
     inventory = take_inventory(model)
-    problems = list(inventory.problems)
-    tensors, aliases = _unique_tensors(inventory)
-    problems += [problem for key, tensor in tensors.items() for problem in _storage_problems(key, tensor)]
+    named = [(key, slot.tensor) for key, slot in inventory.slots.items() if slot.tensor is not None]
+    problems = [*inventory.problems, *(problem for key, tensor in named for problem in _storage_problems(key, tensor))]
     if problems:
         raise UnsupportedModuleError(
             f"cannot save {type(_torch.unwrap(model)).__qualname__} without losing state", problems
         )
+    tensors, aliases = _unique_tensors(named)
     manifest = Manifest(
         tensors={key: _record(tensor, inventory.slots[key].parameter) for key, tensor in tensors.items()},
         aliases=aliases,
@@ -64,17 +65,15 @@ def capture(
     return Checkpoint(manifest, sources, type(_torch.unwrap(model)).__qualname__)
 
 
-def _unique_tensors(inventory: Inventory) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unique_tensors(named: list[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by their first key, and the other keys of tensors that are the same memory seen the same way."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for key, slot in inventory.slots.items():
-        if slot.tensor is None:
-            continue
-        kept = first.setdefault(identity(slot.tensor), key)
+    for key, tensor in named:
+        kept = first.setdefault(identity(tensor), key)
         if kept == key:
-            tensors[key] = slot.tensor
+            tensors[key] = tensor
         else:
             aliases[key] = kept
     return tensors, aliases
@@ -131,7 +130,7 @@ def link_record(parametrization: nn.Module, registry: Registry) -> Parametrizati
             f"{codec.kind}: its codec names the tensors {sorted(claimed)}, the module has {sorted(roles)}"
         )
     return ParametrizationRecord(
-        codec.kind, codec.version, codec.config(parametrization), None, dict.fromkeys(roles, DENSE)
+        codec.kind, codec.version, _checked_config(codec, parametrization), None, dict.fromkeys(roles, DENSE)
     )
 
 
@@ -159,12 +158,25 @@ def _module_records(inventory: Inventory, registry: Registry) -> list[ModuleReco
     for path, module in inventory.modules.items():
         codec = registry.for_type(_torch.class_before_parametrizations(module))
         if codec is not None and id(module) not in links:
-            records.append(ModuleRecord(path, codec.kind, codec.version, codec.config(module)))
+            records.append(ModuleRecord(path, codec.kind, codec.version, _checked_config(codec, module)))
     return records
 
 
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    copied = json_values.to_json(dict(metadata))
+    try:
+        copied = json_values.to_json(dict(metadata))
+    except ConfigError as error:
+        raise ConfigError(f"metadata: expected strings: {error}") from error
     if not isinstance(copied, dict) or not all(isinstance(value, str) for value in copied.values()):
         raise ConfigError("metadata: expected a mapping of strings to strings")
     return {key: str(value) for key, value in copied.items()}
+
+
+def _checked_config(codec: Codec, module: nn.Module) -> dict[str, JSON] | None:
+    try:
+        config = json_values.to_json(codec.config(module))
+    except ConfigError as error:
+        raise ConfigError(f"{codec.kind}: its configuration is not JSON: {error}") from error
+    if config is not None and not isinstance(config, dict):
+        raise ConfigError(f"{codec.kind}: its configuration is not a dict")
+    return config

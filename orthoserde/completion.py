@@ -29,7 +29,7 @@ def complete(columns: Tensor) -> Tensor:
     """Complete orthonormal columns to a square matrix: ``[W | U(W)]``.
 
     Args:
-        columns: W, shape ``(..., n, k)`` with ``n >= k`` and orthonormal columns; float32, float64, complex64, complex128.
+        columns: W, shape ``(..., n, k)`` with ``n >= k`` and orthonormal columns; float32, float64 or complex.
 
     Returns:
         A new tensor of shape ``(..., n, n)``, of W's dtype and device, column-major as torch's ``base`` is. Its first

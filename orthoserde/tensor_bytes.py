@@ -7,11 +7,15 @@ larger than one block is ever made.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import xxhash
 from torch import Tensor
+
+if sys.byteorder != "little":
+    raise ImportError("orthoserde writes the bytes of tensors as they are in memory, which files want little-endian")
 
 #: Name of the digest, as it stands in files.
 DIGEST = "xxh3-128"
@@ -145,11 +149,11 @@ def iter_bytes(tensor: Tensor) -> Iterator[memoryview]:
     Row-major CPU memory is handed out without a copy; anything else is copied one block at a time. The autograd graph,
     version counter and gradient of the tensor are not touched.
     """
-    with torch.no_grad():
-        for block in row_blocks(tensor.detach()):
-            if not _is_plain_memory(block):
-                block = block.resolve_conj().resolve_neg().cpu().contiguous()
-            yield as_bytes(block)
+    # No torch.no_grad() here: it would be held, or left behind, in the code that takes the blocks. Detached will do.
+    for block in row_blocks(tensor.detach()):
+        if not _is_plain_memory(block):
+            block = block.resolve_conj().resolve_neg().cpu().contiguous()
+        yield as_bytes(block)
 
 
 def fill(target: Tensor, dtype: torch.dtype, read_into: Callable[[memoryview], None]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 #: A message shows this many differences.
 SHOWN_DIFFERENCES = 20
@@ -18,12 +19,24 @@ SHOWN_DIFFERENCES = 20
 
 def bits(tensor: Tensor) -> bytes:
     """The elements of a tensor as row-major bytes; on the meta device there are none."""
+    tensor = local_part(tensor)
     if tensor.device.type == "meta":
         return b""
     with torch.no_grad():
         dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
         # Elementwise: numpy knows neither bfloat16 nor the float8 types.
         return dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The plain tensor in a DTensor, a plain tensor itself."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a tensor waits for its shape; asked of its type, for torch 2.3 takes DTensors for instances."""
+    return issubclass(type(tensor), (UninitializedParameter, UninitializedBuffer))
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
@@ -56,6 +69,8 @@ class TensorState:
 
 def state_of(tensor: Tensor) -> TensorState:
     """Look at a tensor without touching it."""
+    if is_lazy(tensor):  # it has neither shape nor elements
+        return TensorState(tensor, (type(tensor), tensor.requires_grad), b"", None)
     inference = tensor.is_inference()
     look = (
         type(tensor),
@@ -63,7 +78,7 @@ def state_of(tensor: Tensor) -> TensorState:
         tensor.device,
         tuple(tensor.shape),
         tuple(tensor.stride()),
-        0 if tensor.device.type == "meta" else tensor.data_ptr(),
+        0 if tensor.device.type == "meta" else local_part(tensor).data_ptr(),
         tensor.requires_grad,
         inference,
         # Tensors made in inference mode have no version counter.
@@ -80,6 +95,7 @@ class ModuleState:
 
     module: nn.Module
     look: tuple[object, ...]
+    attributes: dict[str, object]
     tensors: dict[str, TensorState]
 
 
@@ -136,11 +152,10 @@ def _module_states(module: nn.Module, path: str) -> Iterator[tuple[str, ModuleSt
         tuple(tuple(table) for table in tables),
         tuple(id(child) for child in module._modules.values()),
         sorted(module._non_persistent_buffers_set),
-        sorted(vars(module)),
     )
     held: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
     tensors = {name: state_of(tensor) for name, tensor in held.items() if tensor is not None}
-    yield path, ModuleState(module, look, tensors)
+    yield path, ModuleState(module, look, dict(vars(module)), tensors)
     for name, child in module._modules.items():
         if child is not None:
             yield from _module_states(child, f"{path}.{name}".lstrip("."))
@@ -152,6 +167,9 @@ def _module_differences(path: str, before: ModuleState, after: ModuleState) -> I
         yield f"{where}: another module object"
     if before.look != after.look:
         yield f"{where}: {before.look} became {after.look}"
+    for name in before.attributes.keys() | after.attributes.keys():
+        if before.attributes.get(name, before) is not after.attributes.get(name, after):
+            yield f"{where}: the attribute {name} is another object"
     if before.tensors.keys() != after.tensors.keys():
         yield f"{where}: tensors {sorted(before.tensors)} became {sorted(after.tensors)}"
     for name in before.tensors.keys() & after.tensors.keys():
@@ -184,7 +202,7 @@ def assert_same_state(left: nn.Module, right: nn.Module, *, strides: bool = True
 
 
 def scramble_(model: nn.Module) -> nn.Module:
-    """Move every floating tensor of a model to other values, as training would, so that nothing is at its initial one."""
+    """Move every floating tensor of a model to other values, so that nothing is at its initial one."""
     with torch.no_grad():
         for tensor in slots_of(model).values():
             if tensor is not None and tensor.is_floating_point():
@@ -194,7 +212,7 @@ def scramble_(model: nn.Module) -> nn.Module:
 
 def lived_in(model: nn.Module) -> nn.Module:
     """Give a model what a model in use has: gradients, moved version counters, mixed modes and ``requires_grad``."""
-    parameters = [tensor for tensor in slots_of(model).values() if isinstance(tensor, nn.Parameter)]
+    parameters = [slot for slot in slots_of(model).values() if isinstance(slot, nn.Parameter) and not is_lazy(slot)]
     for i, parameter in enumerate(parameters):
         if parameter.is_leaf and parameter.requires_grad and parameter.device.type != "meta":
             parameter.grad = torch.full_like(parameter, i + 0.5)

@@ -53,8 +53,8 @@ class WeightNormCodec:
         return weight
 
     def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size | None:
-        """That of ``original1``, the direction."""
-        return originals["original1"]
+        """That of ``original1``, the direction; None where it does not come first, which torch cannot evaluate."""
+        return originals.get("original1")
 
     def residual(self, weight: Tensor) -> float | None:
         """Every weight is the norm and direction of itself: there is no constraint."""

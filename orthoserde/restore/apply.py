@@ -56,11 +56,10 @@ def _fill(checkpoint: Checkpoint, stored: str, target: Tensor) -> None:
 
 def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:
     undo: list[Callable[[], None]] = []
-    for rnn in plan.rnns:
-        _torch.release_flat_weights(rnn)
     try:
-        for make, tensor in made:
-            make.place(tensor)
+        with _torch.without_weak_references(plan.holders):
+            for make, tensor in made:
+                make.place(tensor)
         for attachment in plan.attachments:
             undo.append(attachment.attach())
     except BaseException as error:
@@ -70,6 +69,3 @@ def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:
             f"the model could not be changed ({type(error).__name__}: {error}); meta tensors may have been replaced "
             "already: load it again or discard it"
         ) from error
-    finally:
-        for rnn in plan.rnns:
-            _torch.refresh_flat_weights(rnn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +49,16 @@ class Attachment:
         try:
             holder = nn.Identity() if not self.originals else _Given(tuple(self.originals.values()))
             name = self.record.tensor_name
-            parametrize.register_parametrization(self.module, name, holder, unsafe=True)
+            # A tensor made in inference mode can only be handled there; others must not become such.
+            with torch.inference_mode(self.bare.is_inference()):
+                parametrize.register_parametrization(self.module, name, holder, unsafe=True)
             parametrized = _torch.parametrization_lists(self.module)[name]
             parametrized[0] = self.links[0]
             for link in self.links[1:]:
                 parametrized.append(link)
             parametrized.unsafe = self.record.unsafe
-            for link in self.links:
-                link.train(self.module.training)
+            parametrized.train(self.module.training)
+            cast("nn.ModuleDict", self.module.parametrizations).training = self.module.training
         except BaseException:
             undo()
             raise
@@ -89,7 +92,11 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
 
 
 def build_links(
-    record: ParametrizedRecord, bare: Tensor, stored: Mapping[str, TensorRecord], registry: Registry
+    record: ParametrizedRecord,
+    bare: Tensor,
+    stored: Mapping[str, TensorRecord],
+    registry: Registry,
+    device: torch.device,
 ) -> tuple[nn.Module, ...] | list[Problem]:
     """Build the parametrizations of a tensor for a bare module.
 
@@ -98,6 +105,7 @@ def build_links(
         bare: The plain tensor of the module.
         stored: Records of the file's tensors by key, aliases resolved.
         registry: The user's classes.
+        device: Where they are built if the plain tensor is on the meta device.
 
     Returns:
         The parametrizations, or what keeps them from being built.
@@ -106,7 +114,8 @@ def build_links(
         text = f"the file has shape {list(record.shape)}, the model {list(bare.shape)}"
         return [Problem(record.name, "mismatch", text)]
     first = stored[record.original_key(next(iter(record.originals)))]
-    like = _shaped_like(first.shape, DTYPES[first.dtype], bare.device)
+    device = device if bare.device.type == "meta" else bare.device
+    like = _shaped_like(first.shape, DTYPES[first.dtype], device)
     links: list[nn.Module] = []
     problems: list[Problem] = []
     for link in record.chain:
@@ -114,7 +123,7 @@ def build_links(
             links.append(_build_link(link, like, registry))
         except ConfigError as error:
             problems.append(Problem(record.name, "mismatch", str(error)))
-        like = _shaped_like(tuple(bare.shape), DTYPES[first.dtype], bare.device)
+        like = _shaped_like(tuple(bare.shape), DTYPES[first.dtype], device)
     return problems or tuple(links)
 
 

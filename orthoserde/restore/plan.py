@@ -83,7 +83,7 @@ class Plan:
         outcomes: What will be reported of each parametrized tensor.
         fidelity: The worst over everything else.
         notes: What else the caller should know.
-        rnns: RNN modules with meta weights, whose own lists of them must be made anew.
+        holders: Modules that may hold weak references to meta parameters, as RNNs do.
     """
 
     writes: list[Write] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Plan:
     outcomes: list[Outcome] = field(default_factory=list)
     fidelity: Fidelity = Fidelity.EXACT
     notes: list[str] = field(default_factory=list)
-    rnns: list[nn.Module] = field(default_factory=list)
+    holders: list[nn.Module] = field(default_factory=list)
 
     def mismatch(self, where: str, text: str) -> None:
         """Record that the file and the model disagree."""

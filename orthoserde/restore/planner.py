@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -55,6 +54,7 @@ def make_plan(
     if not strict:
         planner.match_wholes()
     planner.match_tensors()
+    planner.check_swaps()
     planner.match_ties(strict)
     planner.collect_leftovers()
     return planner.plan
@@ -78,6 +78,7 @@ class _Planner:
         self.model_parts = _parts_by_prefix(inventory.slots)
         self.owners: dict[str, Owner] = {}
         self.fresh: set[int] = set()
+        self.swaps: list[tuple[str, Tensor]] = []
         #: Keys that need no further word: a step has matched them, or said what is wrong with them.
         self.settled: set[str] = set()
         self._take(inventory)
@@ -143,7 +144,9 @@ class _Planner:
                 record.name,
                 f"parametrized in the file ({kinds}), plain in the model; parametrize it, or let load do it",
             )
-        links = build_links(record, bare, {key: self._stored(key) for key in record.tensor_keys()}, self.registry)
+        links = build_links(
+            record, bare, {key: self._stored(key) for key in record.tensor_keys()}, self.registry, self.device
+        )
         if isinstance(links, list) or not reparametrize:
             self.plan.problems += links if isinstance(links, list) else []
             self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
@@ -159,7 +162,7 @@ class _Planner:
             self.slots.pop(key, None)
         for i, link in enumerate(links):
             self._adopt(link, join(prefix, str(i)))
-        if set(record.originals) == {"original"} and first.shape == tuple(bare.shape):
+        if set(record.originals) == {"original"} and _same_layout(first, bare):
             key = record.original_key("original")
             self.slots[key] = Slot(key, module, name, bare, isinstance(bare, nn.Parameter))
         else:
@@ -218,15 +221,20 @@ class _Planner:
 
     def match_wholes(self) -> None:
         """Refuse half of a parametrized tensor, however lenient the load: its parts belong together."""
+        covered = {id(slot.tensor) for slot in self.slots.values() if slot.key in self.manifest}
         for tensor in self.live.values():
             prefixes = _prefixes(tensor)
             theirs = _local(self.file_parts, prefixes)
-            ours = _local(self.model_parts, prefixes)
-            required = {part for part, key in ours.items() if self.slots[key].tensor is not None}
-            if theirs and not set(prefixes) & self.settled and not required <= theirs.keys() <= ours.keys():
-                odd = sorted((required - theirs.keys()) | (theirs.keys() - ours.keys()))
-                self.plan.mismatch(tensor.name, f"only part of its state is on both sides: {', '.join(odd)} is not")
-                self._settle(prefixes)
+            ours = {part: self.slots[key].tensor for part, key in _local(self.model_parts, prefixes).items()}
+            required = {part for part, value in ours.items() if value is not None}
+            # A part may also come in under the name of a tensor that it is tied to.
+            present = {part for part in required if id(ours[part]) in covered}
+            if (theirs or present) and not self.settled.issuperset(prefixes):
+                odd = (required - present) | (theirs.keys() - ours.keys())
+                if odd:
+                    text = f"only part of its state is on both sides: {', '.join(sorted(odd))} is not"
+                    self.plan.mismatch(tensor.name, text)
+                    self._settle(prefixes)
 
     # Modules
 
@@ -242,9 +250,10 @@ class _Planner:
             elif strict and not any(record.path.startswith(f"{prefix}.") for prefix in self.owners):
                 self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
         links = {id(_torch.unwrap(link)) for tensor in self.live.values() for link in tensor.parametrizations}
+        known = recorded | links | self.fresh
         for module in self.modules.values():
             cls = _torch.class_before_parametrizations(module)
-            if self.registry.for_type(cls) is not None and id(module) not in recorded | links | self.fresh:
+            if self.registry.for_type(cls) is not None and id(module) not in known:
                 self.plan.lower(Fidelity.UNVERIFIED)
 
     # Tensors
@@ -299,13 +308,19 @@ class _Planner:
     def _plan_make(self, make: Make, slots: list[Slot]) -> None:
         tensor = slots[0].tensor
         if isinstance(tensor, nn.Parameter):
-            rnns = [slot.module for slot in slots if isinstance(slot.module, nn.RNNBase)]
-            self.plan.rnns += rnns
-            if weakref.getweakrefs(tensor) and not rnns:
-                self.plan.mismatch(
-                    make.key, "a meta parameter with weak references cannot be replaced; drop them first"
-                )
+            self.swaps.append((make.key, tensor))
         self.plan.makes.append(make)
+
+    def check_swaps(self) -> None:
+        """Find meta parameters whose objects cannot be kept, because something else holds on to what is in them."""
+        if self.swaps:
+            self.plan.holders = list(self.modules.values())
+        with _torch.without_weak_references(self.plan.holders):
+            for key, tensor in self.swaps:
+                if not _torch.can_swap(tensor):
+                    self.plan.mismatch(
+                        key, "on the meta device, and a weak reference or a graph holds on to it; drop that"
+                    )
 
     def _owner_of(self, key: str) -> Owner | None:
         return next((self.owners[prefix] for prefix in reversed(_prefixes_in(key)) if prefix in self.owners), None)
@@ -381,6 +396,14 @@ class _Place:
         else:
             for slot in self.slots:
                 _torch.set_buffer(slot.module, slot.name, tensor)
+
+
+def _same_layout(record: TensorRecord, bare: Tensor) -> bool:
+    """Whether a plain tensor can become the original as it is; strides count, because they are state."""
+    if record.shape != tuple(bare.shape):
+        return False
+    pairs = zip(bare.shape, record.stride, bare.stride(), strict=True)
+    return bare.device.type == "meta" or all(size < 2 or theirs == ours for size, theirs, ours in pairs)
 
 
 def _prefixes(tensor: ParametrizedTensor) -> list[str]:

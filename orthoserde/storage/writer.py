@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import xxhash
 
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import ConfigError, UnsupportedModuleError
 from orthoserde.manifest import Manifest
 from orthoserde.storage.atomic import replacing
+from orthoserde.storage.container import byte_size, container_form
 from orthoserde.storage.format import file_header, in_storage_order
 
 _NO_DIGEST = "0" * 32
@@ -31,7 +33,13 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but perhaps not durably.
         FileFormatError: Too many tensors for one header.
+        ConfigError: The checkpoint was read from a file without configuration.
+        UnsupportedModuleError: A tensor changed its size meanwhile.
     """
+    if not checkpoint.manifest.has_configuration:
+        raise ConfigError(
+            f"{checkpoint.origin}: it has no configuration, so it cannot be written as a file that has one"
+        )
     records = in_storage_order(checkpoint.manifest.tensors)
     manifest = dataclasses.replace(checkpoint.manifest, tensors=records)
     # Digests have a fixed width, so the header's size is known before they are: it is written last, in its place.
@@ -41,11 +49,13 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         file.seek(header_bytes)
         size = header_bytes
         for key in records:
-            hasher = xxhash.xxh3_128()
+            hasher, start = xxhash.xxh3_128(), size
             for block in checkpoint.sources[key].blocks():
                 _write_all(file, block)
                 hasher.update(block)
                 size += len(block)
+            if size - start != byte_size(*container_form(records[key].dtype, records[key].shape)):
+                raise UnsupportedModuleError(f"{key}: its size changed while it was being saved")
             digests[key] = hasher.hexdigest()
         file.seek(0)
         _write_all(file, memoryview(file_header(_with_digests(manifest, digests))))

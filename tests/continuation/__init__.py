@@ -1,0 +1,1 @@
+"""Training that goes on after a load as if nothing had happened."""

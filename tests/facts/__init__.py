@@ -1,0 +1,1 @@
+"""One regression test for each fact that the design stands on."""

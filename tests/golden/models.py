@@ -1,0 +1,176 @@
+"""The models of the golden files, with values that come from a formula instead of a random generator.
+
+`python -m tests.golden.models` writes the files that do not exist yet. A file that exists is never written again: it
+stands for every file of its format version that users have.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+import orthoserde
+from orthoserde.walk import take_inventory
+
+FOLDER = Path(__file__).parent / "v1"
+
+DTYPES = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+DTYPES += ["complex64", "complex128", "float8_e4m3fn", "float8_e5m2"]
+
+REGISTRY = orthoserde.Registry()
+
+
+@REGISTRY.register("golden>Scaled", version=3)
+class Scaled(nn.Module):
+    """A registered parametrization with a tensor of its own."""
+
+    def __init__(self, gain: float, *, note: str = "é") -> None:
+        super().__init__()
+        self.gain = gain
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x + self.shift
+
+
+class Doubled(nn.Module):
+    """An unregistered parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@REGISTRY.register("golden>Outer")
+class Outer(nn.Module):
+    """Several originals, and a parametrized tensor inside of the parametrization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = spectral_norm(nn.Linear(3, 3, bias=False))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        inner: Tensor = self.inner(left)
+        return inner @ right
+
+    def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return value.new_zeros(4, 3), value.new_zeros(3, 5)
+
+
+@REGISTRY.register("golden>Block", version=2)
+class Block(nn.Module):
+    """A registered module."""
+
+    def __init__(self, width: int, names: tuple[str, ...] = ("a", "b")) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+
+def plain() -> nn.Module:
+    """Every dtype, ties, odd strides and shapes; no parametrization."""
+    model = nn.Module()
+    for name in DTYPES:
+        model.register_buffer(f"as_{name}", torch.zeros(2, 3, dtype=getattr(torch, name)))
+    model.register_buffer("scalar", torch.zeros(()))
+    model.register_buffer("empty", torch.zeros(0, 4))
+    model.register_buffer("transposed", torch.zeros(3, 5).t())
+    model.register_buffer("hidden", torch.zeros(1), persistent=False)
+    model.embedding = nn.Embedding(7, 4)
+    model.decoder = nn.Linear(4, 7)
+    model.decoder.weight = model.embedding.weight
+    model.norm = nn.BatchNorm1d(4)
+    model.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    return model
+
+
+def orthogonals() -> nn.Module:
+    """Torch's orthogonal in all its maps and shapes."""
+    model = nn.Module()
+    shapes = {"tall": (6, 3), "wide": (3, 6), "square": (4, 4), "batched": (2, 5, 3)}
+    for orthogonal_map in ("householder", "cayley", "matrix_exp"):
+        for trivialized in (True, False):
+            for shape_name, shape in shapes.items():
+                dtype = torch.float64 if shape_name == "wide" else torch.float32
+                if shape_name == "square" and orthogonal_map != "householder":
+                    dtype = torch.complex64
+                layer = nn.Module()
+                layer.weight = nn.Parameter(torch.eye(*shape[-2:], dtype=dtype).expand(shape).clone())
+                orthogonal(layer, orthogonal_map=orthogonal_map, use_trivialization=trivialized)
+                model.add_module(f"{orthogonal_map}_{trivialized}_{shape_name}", layer)
+    return model
+
+
+def norms() -> nn.Module:
+    """Torch's weight_norm and spectral_norm."""
+    vector = nn.Module()
+    vector.weight = nn.Parameter(torch.ones(5))
+    return nn.ModuleDict(
+        {
+            "weight_norm": weight_norm(nn.Linear(4, 3)),
+            "weight_norm_dim": weight_norm(nn.Conv1d(4, 3, 2), dim=1),
+            "weight_norm_all": weight_norm(nn.Linear(4, 3), dim=cast("int", None)),
+            "spectral_norm": spectral_norm(nn.Linear(4, 3), n_power_iterations=2, eps=1e-9),
+            "spectral_norm_transposed": spectral_norm(nn.ConvTranspose2d(2, 3, 2)),
+            "spectral_norm_vector": spectral_norm(vector),
+            "recurrent": orthogonal(nn.GRU(3, 4), "weight_hh_l0"),
+        }
+    )
+
+
+def users() -> nn.Module:
+    """Classes of the user: registered and not, chained, nested, tied, shared."""
+    chained = orthogonal(nn.Linear(4, 4))
+    parametrize.register_parametrization(chained, "weight", Scaled(0.5, note="chained"))
+    parametrize.register_parametrization(chained, "bias", Doubled())
+    buffered = nn.BatchNorm1d(4)
+    parametrize.register_parametrization(buffered, "running_mean", Scaled(2.0))
+    several = nn.Linear(5, 4)
+    parametrize.register_parametrization(several, "weight", Outer(), unsafe=True)
+    return nn.ModuleDict(
+        {"chained": chained, "buffered": buffered, "several": several, "block": Block(3), "again": chained}
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "orthogonals": orthogonals,
+    "norms": norms,
+    "users": users,
+}
+
+
+def expected(key: str, like: Tensor) -> Tensor:
+    """The value that a golden file holds under ``key``: a few exact binary fractions, different for each key."""
+    numbers = (torch.arange(like.numel()) * 37 + zlib.crc32(key.encode())) % 251
+    if like.dtype == torch.bool:
+        return (numbers % 2 == 0).reshape(like.shape)
+    if not like.is_floating_point() and not like.is_complex():
+        return (numbers % 100).to(like.dtype).reshape(like.shape)
+    real = ((numbers - 125).to(torch.float64) / 64).to(like.dtype)
+    return (real * (1 + 0.5j) if like.is_complex() else real).reshape(like.shape)
+
+
+def fill_(model: nn.Module) -> nn.Module:
+    """Give every tensor of a model its expected value; a tied one that of its first key."""
+    seen: set[int] = set()
+    with torch.no_grad():
+        for key, slot in take_inventory(model).slots.items():
+            if slot.tensor is not None and id(slot.tensor) not in seen:
+                seen.add(id(slot.tensor))
+                slot.tensor.copy_(expected(key, slot.tensor))
+    return model
+
+
+if __name__ == "__main__":
+    for name, make in MODELS.items():
+        path = FOLDER / f"{name}.safetensors"
+        if not path.exists():
+            print(
+                orthoserde.save(fill_(make()), path, registry=REGISTRY, metadata={"golden": name, "ключ": "значение"})
+            )

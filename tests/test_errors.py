@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import copy
+import errno
+import inspect
+import pickle
+
+import pytest
+
+import orthoserde
+from orthoserde import errors
+from orthoserde.errors import OrthoserdeError, Problem
+
+PROBLEMS = [
+    Problem("layer.weight", "missing", "not in the file"),
+    Problem("head.bias", "unexpected", "not in the model"),
+    Problem("", "mismatch", "another class"),
+    Problem("head.weight", "missing", "not in the file"),
+]
+
+#: One of each class, with the builtin that its users already catch.
+EXAMPLES: list[tuple[OrthoserdeError, type[Exception]]] = [
+    (errors.OrthoserdeError("what"), Exception),
+    (errors.RegistrationError("what"), ValueError),
+    (errors.ConfigError("what"), ValueError),
+    (errors.UnsupportedModuleError("what", PROBLEMS), RuntimeError),
+    (errors.IncompatibleModelError("what", PROBLEMS), RuntimeError),
+    (errors.FileFormatError("what"), ValueError),
+    (errors.DamagedFileError("what"), ValueError),
+    (errors.FormatVersionError("what", 3, 1), ValueError),
+    (errors.FileAccessError(errno.EACCES, "what", "some/file"), OSError),
+    (errors.CheckpointNotFoundError(errno.ENOENT, "what", "some/file"), FileNotFoundError),
+    (errors.CommitUncertainError(errno.EIO, "what", "some/file"), OSError),
+    (errors.LoadInterruptedError("what"), RuntimeError),
+]
+
+
+def of_each(example: object) -> str:
+    return type(example).__name__ if isinstance(example, Exception) else ""
+
+
+def test_there_is_an_example_of_every_error() -> None:
+    classes = {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)}
+    assert {type(error) for error, _ in EXAMPLES} == classes
+
+
+def test_every_error_is_public() -> None:
+    assert {type(error) for error, _ in EXAMPLES} == {
+        value for value in vars(orthoserde).values() if inspect.isclass(value) and issubclass(value, Exception)
+    }
+    assert all(type(error).__name__ in orthoserde.__all__ for error, _ in EXAMPLES)
+
+
+@pytest.mark.parametrize(("error", "builtin"), EXAMPLES, ids=of_each)
+def test_an_error_is_of_the_family_and_the_builtin_it_promises(error: OrthoserdeError, builtin: type) -> None:
+    assert isinstance(error, builtin)
+    assert isinstance(error, OrthoserdeError)
+    # And no other: who catches bad values must not catch a model that does not fit, or a disk that fails.
+    for other in (RuntimeError, ValueError, OSError, LookupError, TypeError):
+        assert issubclass(type(error), other) == issubclass(builtin, other)
+
+
+@pytest.mark.parametrize("again", [*range(pickle.HIGHEST_PROTOCOL + 1), "copy", "deepcopy"])
+@pytest.mark.parametrize(("error", "builtin"), EXAMPLES, ids=of_each)
+def test_an_error_comes_through_a_pickle_with_its_attributes_and_text(
+    error: OrthoserdeError, builtin: type, again: int | str
+) -> None:
+    if again == "copy":
+        other = copy.copy(error)
+    elif again == "deepcopy":
+        other = copy.deepcopy(error)
+    else:
+        other = pickle.loads(pickle.dumps(error, protocol=int(again)))
+    assert type(other) is type(error)
+    assert str(other) == str(error)
+    assert other.args == error.args
+    assert vars(other) == vars(error)
+    if isinstance(error, OSError):
+        assert isinstance(other, OSError)
+        assert (other.errno, other.strerror, other.filename) == (error.errno, error.strerror, error.filename)
+
+
+def test_the_attributes_say_what_does_not_fit() -> None:
+    error = errors.IncompatibleModelError("does not fit", PROBLEMS)
+    assert error.problems == tuple(PROBLEMS)
+    assert error.missing_keys == ["layer.weight", "head.weight"]
+    assert error.unexpected_keys == ["head.bias"]
+    assert errors.UnsupportedModuleError("cannot be saved", PROBLEMS).problems == tuple(PROBLEMS)
+    version = errors.FormatVersionError("newer", 3, 1)
+    assert (version.found, version.supported, str(version)) == (3, 1, "newer")
+
+
+def test_the_attributes_of_a_file_error_are_those_of_an_oserror() -> None:
+    error = errors.FileAccessError(errno.EACCES, "cannot open", "some/file")
+    assert (error.errno, error.strerror, error.filename) == (errno.EACCES, "cannot open", "some/file")
+    assert str(error) == f"[Errno {errno.EACCES}] cannot open: 'some/file'"
+
+
+@pytest.mark.parametrize("cls", [errors.UnsupportedModuleError, errors.IncompatibleModelError])
+def test_a_message_has_a_line_for_each_problem(
+    cls: type[errors.UnsupportedModuleError] | type[errors.IncompatibleModelError],
+) -> None:
+    assert str(cls("does not fit", PROBLEMS)) == (
+        "does not fit\n"
+        "  - layer.weight: not in the file\n"
+        "  - head.bias: not in the model\n"
+        "  - (model): another class\n"
+        "  - head.weight: not in the file"
+    )
+    assert str(cls("does not fit")) == "does not fit"
+    assert cls("does not fit").problems == ()
+
+
+@pytest.mark.parametrize("more", [0, 1, 60])
+def test_a_message_shows_40_problems_and_the_attribute_holds_all(more: int) -> None:
+    problems = [Problem(f"t{i}", "missing", "gone") for i in range(40 + more)]
+    error = errors.IncompatibleModelError("does not fit", problems)
+    lines = str(error).splitlines()
+    assert lines[:41] == ["does not fit", *(f"  - t{i}: gone" for i in range(40))]
+    assert lines[41:] == ([f"  - ... and {more} more (see the problems attribute)"] if more else [])
+    assert len(error.problems) == len(error.missing_keys) == 40 + more
+
+
+def test_a_problem_is_a_value() -> None:
+    assert Problem("a", "missing", "b") == Problem("a", "missing", "b")
+    assert len({Problem("a", "missing", "b"), Problem("a", "missing", "b"), Problem("a", "mismatch", "b")}) == 2
+    assert pickle.loads(pickle.dumps(PROBLEMS)) == PROBLEMS

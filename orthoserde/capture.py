@@ -92,7 +92,13 @@ def _storage_problems(key: str, tensor: Tensor) -> list[Problem]:
 
 
 def _record(tensor: Tensor, parameter: bool) -> TensorRecord:
-    return TensorRecord(dtype_name(tensor.dtype), tuple(tensor.shape), tuple(tensor.stride()), parameter)
+    return TensorRecord(
+        dtype_name(tensor.dtype),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        parameter,
+        requires_grad=tensor.requires_grad,
+    )
 
 
 def _parametrized_record(tensor: ParametrizedTensor, registry: Registry) -> ParametrizedRecord:

@@ -33,6 +33,7 @@ class TensorRecord:
         stride: Strides, in elements, that the tensor had in memory; the stored bytes are row-major.
         parameter: Whether it was an ``nn.Parameter`` (else a buffer).
         digest: XXH3-128 of the stored bytes, 32 hexadecimal digits; None while it has not been computed.
+        requires_grad: Whether it required a gradient. A model that is loaded into keeps its own setting.
     """
 
     dtype: str
@@ -40,6 +41,7 @@ class TensorRecord:
     stride: tuple[int, ...]
     parameter: bool
     digest: str | None = None
+    requires_grad: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ class Manifest:
         aliases: Other keys of stored tensors: tied tensors are stored once.
         parametrized: Every parametrized tensor.
         modules: Every module of a registered class.
+        computed: Stored keys that hold computed tensors, for readers without this library; they are no state.
         left_out: Keys that the saved model had and a selection left out.
         metadata: The user's own strings.
         writer: Versions of the libraries that wrote it, by name.
@@ -142,6 +145,7 @@ class Manifest:
     aliases: Mapping[str, str] = field(default_factory=dict)
     parametrized: tuple[ParametrizedRecord, ...] = ()
     modules: tuple[ModuleRecord, ...] = ()
+    computed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
@@ -174,11 +178,13 @@ def encode_manifest(manifest: Manifest) -> JSON:
             "digest": record.digest,
             "dtype": record.dtype,
             "parameter": record.parameter,
+            "requires_grad": record.requires_grad,
             "shape": list(record.shape),
             "stride": list(record.stride),
         }
     return {
         "aliases": dict(manifest.aliases),
+        "computed": list(manifest.computed),
         "digest": tensor_bytes.DIGEST,
         "left_out": list(manifest.left_out),
         "metadata": dict(manifest.metadata),
@@ -259,6 +265,7 @@ def decode_manifest(value: JSON, where: str) -> Manifest:
         modules=tuple(
             _decode_module(_Fields(item, where, f"modules[{i}]")) for i, item in enumerate(top.sequence("modules"))
         ),
+        computed=top.string_list("computed"),
         left_out=top.string_list("left_out"),
         metadata=top.strings("metadata"),
         writer=top.strings("writer"),
@@ -275,6 +282,7 @@ def _decode_tensor(fields: _Fields) -> TensorRecord:
         stride=fields.sizes("stride"),
         parameter=fields.boolean("parameter"),
         digest=fields.string("digest"),
+        requires_grad=fields.boolean("requires_grad"),
     )
     fields.finish()
     if record.dtype not in tensor_bytes.DTYPES:
@@ -344,6 +352,9 @@ def _check_references(manifest: Manifest, where: str) -> None:
     for key in manifest.left_out:
         if key in manifest:
             raise FileFormatError(f"{where}: left_out: the file holds {key!r}")
+    for key in manifest.computed:
+        if key not in manifest.tensors:
+            raise FileFormatError(f"{where}: computed: the file holds no tensor {key!r}")
     seen: set[str] = set()
     for record in manifest.parametrized:
         if record.name in seen:
@@ -352,6 +363,8 @@ def _check_references(manifest: Manifest, where: str) -> None:
         for key in record.tensor_keys():
             if key not in manifest:
                 raise FileFormatError(f"{where}: {record.name}: the file holds no tensor {key!r}")
+            if key in manifest.computed:
+                raise FileFormatError(f"{where}: computed: {key!r} is state of {record.name}")
     if len({record.path for record in manifest.modules}) != len(manifest.modules):
         raise FileFormatError(f"{where}: a module stands twice in the manifest")
 

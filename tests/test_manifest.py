@@ -28,6 +28,7 @@ DIGEST = "0123456789abcdef" * 2
 #: Every sort of field, each with a value that is not empty where the format allows one.
 SAMPLE = """{
 "aliases": {"head.weight": "embedding.weight"},
+"computed": ["embedding.weight"],
 "digest": "xxh3-128",
 "left_out": ["frozen.weight"],
 "metadata": {"run": "seven"},
@@ -41,11 +42,14 @@ SAMPLE = """{
   "dtype": "float32", "module": "layer", "originals": {"original": "dense"}, "parameter": true,
   "shape": [4, 2], "tensor": "weight", "unsafe": false}],
 "tensors": {
-  "embedding.weight": {"digest": "DIGEST", "dtype": "float32", "parameter": true, "shape": [5], "stride": [1]},
+  "embedding.weight": {"digest": "DIGEST", "dtype": "float32", "parameter": true,
+   "requires_grad": true, "shape": [5], "stride": [1]},
   "layer.parametrizations.weight.original":
-    {"digest": "DIGEST", "dtype": "float32", "parameter": true, "shape": [4, 2], "stride": [2, 1]},
+    {"digest": "DIGEST", "dtype": "float32", "parameter": true, "requires_grad": true,
+     "shape": [4, 2], "stride": [2, 1]},
   "layer.parametrizations.weight.0.base":
-    {"digest": "DIGEST", "dtype": "float32", "parameter": false, "shape": [4, 4], "stride": [1, 4]}},
+    {"digest": "DIGEST", "dtype": "float32", "parameter": false, "requires_grad": false,
+     "shape": [4, 4], "stride": [1, 4]}},
 "training": null,
 "version": 1,
 "writer": {"orthoserde": "0.1.0"}}""".replace("DIGEST", DIGEST)
@@ -88,6 +92,7 @@ _SIZES = {"list"}
 ACCEPTED: dict[tuple[str | int, ...], dict[str, set[str]]] = {
     TOP: {
         "aliases": _STRINGS,
+        "computed": {"list"},
         "digest": set(),
         "left_out": _STRING_LIST,
         "metadata": _STRINGS,
@@ -122,7 +127,14 @@ ACCEPTED: dict[tuple[str | int, ...], dict[str, set[str]]] = {
         "tensors": {"object"},
         "version": {"integer"},
     },
-    BASE: {"digest": set(), "dtype": set(), "parameter": {"boolean"}, "shape": set(), "stride": set()},
+    BASE: {
+        "digest": set(),
+        "dtype": set(),
+        "parameter": {"boolean"},
+        "requires_grad": {"boolean"},
+        "shape": set(),
+        "stride": set(),
+    },
 }
 FIELDS = [(place, name) for place, names in ACCEPTED.items() for name in names]
 
@@ -337,6 +349,9 @@ def _contradictions() -> Iterator[tuple[str, tuple[str | int, ...], dict[str, JS
     yield "alias of an alias", TOP, {"aliases": {"a": stored, "b": "a"}}, "aliases['b']: expected the key of a stored"
     yield "left out and stored", TOP, {"left_out": [stored]}, f"left_out: the file holds '{stored}'"
     yield "left out and an alias", TOP, {"left_out": ["head.weight"]}, "left_out: the file holds 'head.weight'"
+    yield "computed and not stored", TOP, {"computed": ["gone"]}, "computed: the file holds no tensor 'gone'"
+    original = "layer.parametrizations.weight.original"
+    yield "computed and state", TOP, {"computed": [original]}, f"computed: {original!r} is state of layer.weight"
     yield "no tensor of the chain", LINK, {"tensors": {"gone": "dense"}}, "layer.weight: the file holds no tensor"
     yield "no original", PARAMETRIZED, {"module": "elsewhere"}, "elsewhere.weight: the file holds no tensor"
     yield "opaque without class", OPAQUE_LINK, {"class": None}, f"{other}.class: expected a name for an opaque"

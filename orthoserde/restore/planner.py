@@ -80,7 +80,7 @@ class _Planner:
         self.fresh: set[int] = set()
         self.swaps: list[tuple[str, Tensor]] = []
         #: Keys that need no further word: a step has matched them, or said what is wrong with them.
-        self.settled: set[str] = set()
+        self.settled: set[str] = set(manifest.computed)
         self._take(inventory)
 
     def _take(self, inventory: Inventory) -> None:

@@ -709,7 +709,7 @@ def test_a_meta_parameter_that_torch_cannot_replace_is_refused_before_anything_i
         target = nn.Sequential(make(), make())
     parameters = [*target.parameters()]
     reference = weakref.ref(parameters[-1])
-    with pytest.raises(IncompatibleModelError, match="weak ?ref"):
+    with pytest.raises(IncompatibleModelError, match=r"weak ?ref"):
         orthoserde.load(target, tmp_path / "model")
     assert all(parameter.device.type == "meta" for parameter in target.parameters())
     assert reference() is parameters[-1]

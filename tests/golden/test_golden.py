@@ -14,7 +14,12 @@ from orthoserde.walk import take_inventory
 from tests.golden.models import FOLDER, MODELS, REGISTRY, expected
 
 #: SHA-256 of each golden file: whoever changes one changes what "readable for ever" means.
-SHA256 = {}
+SHA256 = {
+    "norms": "39f9d2f7d65e4ba210bd8a75285cdde3ef51ad84b604ce066fdcb7128292e4c6",
+    "orthogonals": "cc56d307816d13d7f1366099267651e19af1ec6695830101443faa91fb8d7f56",
+    "plain": "2fe8083e7c4d3138d39e967988f49a56bfc992dd6bb7bf5f9a2601f0bb23921e",
+    "users": "5da0ef5d6751dc1ad72c94da93421aedd7762c194bd7cab4bebfb0eef8616439",
+}
 
 FIDELITY = {
     "plain": Fidelity.EXACT,

@@ -102,7 +102,12 @@ def tensor_records(draw: st.DrawFn) -> TensorRecord:
     shape = draw(st.lists(st.integers(0, 2**12), max_size=5))
     stride = draw(st.lists(sizes, min_size=len(shape), max_size=len(shape)))
     return TensorRecord(
-        draw(st.sampled_from(DTYPE_NAMES)), tuple(shape), tuple(stride), draw(st.booleans()), draw(digests)
+        draw(st.sampled_from(DTYPE_NAMES)),
+        tuple(shape),
+        tuple(stride),
+        draw(st.booleans()),
+        draw(digests),
+        draw(st.booleans()),
     )
 
 
@@ -158,6 +163,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         aliases=aliases,
         parametrized=tuple(parametrized),
         modules=tuple(draw(st.lists(module_records, max_size=2, unique_by=lambda record: record.path))),
+        computed=tuple(sorted(set(stored) - {key for record in parametrized for key in record.tensor_keys()})[:1]),
         left_out=tuple(draw(st.lists(tensor_names.filter(lambda n: n not in stored and n not in aliases), max_size=2))),
         metadata=draw(texts),
         writer=draw(texts),

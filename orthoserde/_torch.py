@@ -166,7 +166,8 @@ def without_weak_references(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def can_swap(tensor: Tensor) -> bool:
     """Whether no weak reference and no graph holds on to a tensor, so that it can be swapped."""
-    return not weakref.getweakrefs(tensor) and cast("Any", tensor)._use_count() <= 1
+    use_count = getattr(tensor, "_use_count", None)  # torch 2.3 counts in C++ alone, while it swaps
+    return not weakref.getweakrefs(tensor) and (use_count is None or use_count() <= 1)
 
 
 def swap(tensor: Tensor, other: Tensor) -> None:

@@ -134,13 +134,12 @@ def test_a_trained_orthogonal_weight_comes_back_bit_for_bit(
     bare = nn.Linear(columns, rows)
     for other in (live, bare):
         assert orthoserde.load(other, tmp_path / "model").fidelity is Fidelity.EXACT
-        # A plain weight becomes the original and keeps its own strides.
-        assert_same_state(model, other, strides=trivialized or other is live)
+        assert_same_state(model, other)
         assert same_bits(weight_of(model), weight_of(other))
     for module in (model, live, bare):
         train(module)
-    assert_same_state(model, live, strides=False)
-    assert_same_state(model, bare, strides=False)
+    assert_same_state(model, live)
+    assert_same_state(model, bare)
 
 
 def test_loading_draws_no_random_numbers_where_registering_and_assigning_do(tmp_path: Path, trap: Trap) -> None:

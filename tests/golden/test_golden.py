@@ -10,6 +10,7 @@ import torch
 
 import orthoserde
 from orthoserde import Fidelity, storage
+from orthoserde.tensor_bytes import digest_of, iter_bytes
 from orthoserde.walk import take_inventory
 from tests.golden.models import FOLDER, MODELS, REGISTRY, expected
 
@@ -52,7 +53,10 @@ def test_a_golden_file_loads_with_its_values_and_strides(name: str) -> None:
         slots = take_inventory(model).slots
         for key, slot in slots.items():
             if slot.tensor is not None:
-                assert torch.equal(slot.tensor, expected(manifest.kept_key(key), slot.tensor)), key
+                wanted = expected(manifest.kept_key(key), slot.tensor)
+                assert (slot.tensor.shape, slot.tensor.dtype) == (wanted.shape, wanted.dtype)
+                # As bytes: torch 2.3 cannot compare float8.
+                assert digest_of(iter_bytes(slot.tensor)) == digest_of(iter_bytes(wanted)), key
         assert set(manifest.tensors) | set(manifest.aliases) == {
             k for k, slot in slots.items() if slot.tensor is not None
         }

@@ -13,7 +13,7 @@ from orthoserde.capture import capture
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport
-from orthoserde.restore import restore
+from orthoserde.restore import Legacy, restore
 
 
 def save(
@@ -70,6 +70,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
+    legacy: Legacy = "inference",
     reparametrize: bool = True,
     device: torch.device | str | None = None,
     verify: bool = True,
@@ -89,6 +90,10 @@ def load(
             ``state_dict``; such a file has no configuration, so its parametrized tensors are ``UNVERIFIED``.
         strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported
             instead; anything else that does not fit is refused all the same.
+        legacy: What to do where the model has a parametrized tensor and the file its computed weight alone.
+            ``"inference"`` starts afresh at that weight, with one ``LegacyCheckpointWarning`` and fidelity
+            ``INFERENCE``; ``"refuse"`` raises. A weight that is off its constraint is refused by both; ``"project"``
+            moves it to the nearest one that is not, ``"keep"`` takes it as it is.
         reparametrize: Where the file has a parametrized tensor and the model a plain one, attach the parametrization
             (without ``right_inverse``, factorisation or random numbers). With False that is refused.
         device: Where tensors on the meta device are placed, the CPU by default; no other tensor is moved.
@@ -113,6 +118,7 @@ def load(
             model,
             registry or default_registry,
             strict=strict,
+            legacy=legacy,
             reparametrize=reparametrize,
             device=device,
             verify=verify,

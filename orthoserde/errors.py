@@ -141,3 +141,7 @@ def render(message: str, problems: Sequence[Problem]) -> str:
     if len(problems) > SHOWN_PROBLEMS:
         shown.append(f"  - ... and {len(problems) - SHOWN_PROBLEMS} more (see the problems attribute)")
     return "\n".join([message, *shown])
+
+
+class LegacyCheckpointWarning(UserWarning):
+    """Only computed weights were in the file: outputs are equal, but training starts in a new chart."""

@@ -76,6 +76,9 @@ class Codec(Protocol):
     def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
         """The nearest tensor on the constraint."""
 
+    def recovers(self, config: Mapping[str, JSON]) -> bool:
+        """Whether :meth:`from_weight` can do anything with this configuration."""
+
     def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
         """State of which the computed tensor is ``weight``, within the tolerance that the implementation states.
 
@@ -168,6 +171,10 @@ class RegisteredClass:
     def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
         """The weight itself: a user's constraint is not known."""
         return weight
+
+    def recovers(self, config: Mapping[str, JSON]) -> bool:
+        """No: the inverse of a user's class is not known."""
+        return False
 
     def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
         """Refused: the inverse of a user's class is not known.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
 from orthoserde.errors import Problem, UnsupportedModuleError
@@ -225,7 +225,7 @@ def _tensor_problems(slot: Slot) -> Iterator[Problem]:
     tensor = slot.tensor
     if tensor is None:
         return
-    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+    if is_lazy(tensor):
         yield Problem(slot.key, "unsupported", "not initialised yet; run the lazy module once before")
     elif _torch.overrides_dispatch(tensor):
         yield Problem(

@@ -104,6 +104,10 @@ class OrthogonalCodec:
         nearest: Tensor = left @ right
         return nearest.to(weight.dtype)
 
+    def recovers(self, config: Mapping[str, JSON]) -> bool:
+        """Whether it is trivialized or householder: torch's cayley and matrix_exp alone cannot be inverted."""
+        return bool(config["use_trivialization"]) or config["orthogonal_map"] == "householder"
+
     def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
         """State of which ``weight`` is the computed tensor.
 
@@ -118,7 +122,7 @@ class OrthogonalCodec:
             original = torch.zeros_like(weight, memory_format=torch.contiguous_format)
             original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
             return {"original": original, "base": complete(_tall(weight))}
-        if config["orthogonal_map"] != "householder":
+        if not self.recovers(config):
             raise ConfigError(
                 f"{self.kind}: {config['orthogonal_map']} without trivialization cannot be recovered from the weight"
             )

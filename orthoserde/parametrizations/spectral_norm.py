@@ -90,6 +90,10 @@ class SpectralNormCodec:
         """The weight divided by its largest singular value."""
         return weight / self._top(weight, config)[1]
 
+    def recovers(self, config: Mapping[str, JSON]) -> bool:
+        """Always."""
+        return True
+
     def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
         """The weight as its own ``original``, with unit vectors for which ``u^H W v = 1``.
 

@@ -68,6 +68,10 @@ class WeightNormCodec:
         """The weight itself."""
         return weight
 
+    def recovers(self, config: Mapping[str, JSON]) -> bool:
+        """Always."""
+        return True
+
     def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
         """The weight as its own direction, with its norm: it comes back within ``4 eps`` of its largest entry.
 

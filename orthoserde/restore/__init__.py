@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from typing import get_args
 
 import torch
 from torch import nn
 
 from orthoserde import _torch, evaluate
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import IncompatibleModelError, Problem
+from orthoserde.errors import IncompatibleModelError, LegacyCheckpointWarning, Problem
 from orthoserde.registry import Registry
-from orthoserde.reports import LoadReport, TensorReport
+from orthoserde.reports import LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
 from orthoserde.restore.check import check_digests, check_ties
+from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
 from orthoserde.walk import take_inventory
@@ -25,6 +28,7 @@ def restore(
     registry: Registry,
     *,
     strict: bool = True,
+    legacy: Legacy = "inference",
     reparametrize: bool = True,
     device: torch.device | str | None = None,
     verify: bool = True,
@@ -39,14 +43,32 @@ def restore(
     where = torch.device("cpu") if device is None else torch.device(device)
     if where.type == "meta":
         raise ValueError("device: expected a device with memory, got 'meta'")
+    if legacy not in get_args(Legacy):
+        raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with _torch.undisturbed():
-        plan = make_plan(checkpoint.manifest, model, registry, strict=strict, reparametrize=reparametrize, device=where)
+        inventory = take_inventory(model)
+        completed = complete_checkpoint(checkpoint, inventory, registry, legacy)
+        plan = make_plan(
+            completed.checkpoint.manifest,
+            inventory,
+            registry,
+            strict=strict,
+            reparametrize=reparametrize,
+            device=where,
+            computed={name: weight.action for name, weight in completed.weights.items()},
+        )
+        plan.problems[:0] = completed.problems
         _refuse(checkpoint, model, plan, strict)
         if verify:
             check_digests(checkpoint)
-        check_ties(checkpoint, plan)
+        check_ties(completed.checkpoint, plan)
+        plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
         _refuse(checkpoint, model, plan, strict)
-        apply(checkpoint, plan)
+        _warn(checkpoint, completed)
+        apply(completed.checkpoint, plan)
+    for outcome in plan.outcomes:
+        if outcome.name in completed.weights:
+            outcome.action = completed.weights[outcome.name].action
     reports = {outcome.name: _report(outcome, registry) for outcome in plan.outcomes}
     return LoadReport(
         path=checkpoint.origin,
@@ -56,6 +78,16 @@ def restore(
         fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
         notes=tuple(plan.notes),
     )
+
+
+def _warn(checkpoint: Checkpoint, completed: Completed) -> None:
+    if completed.weights:
+        warnings.warn(
+            f"{checkpoint.origin} has only the computed weight of {shorten(list(completed.weights))}: outputs are "
+            "equal, but training starts in a new chart, not where it was",
+            LegacyCheckpointWarning,
+            stacklevel=4,
+        )
 
 
 def _refuse(checkpoint: Checkpoint, model: nn.Module, plan: Plan, strict: bool) -> None:
@@ -81,4 +113,4 @@ def _residual(module: nn.Module, tensor_name: str, registry: Registry) -> float 
     return None
 
 
-__all__ = ["restore"]
+__all__ = ["Legacy", "restore"]

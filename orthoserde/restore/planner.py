@@ -31,25 +31,27 @@ class Owner:
 
 def make_plan(
     manifest: Manifest,
-    model: nn.Module,
+    inventory: Inventory,
     registry: Registry,
     *,
     strict: bool,
     reparametrize: bool,
     device: torch.device,
+    computed: Mapping[str, str],
 ) -> Plan:
     """Plan a load.
 
     Args:
         manifest: What the file holds.
-        model: The module to load into; it is not changed.
+        inventory: What the model holds; it is not changed.
         registry: The user's classes.
         strict: Whether a tie of the file that the model does not have is a problem.
         reparametrize: Whether bare tensors get their parametrizations back.
         device: Where meta tensors are placed.
+        computed: Parametrized tensors whose state is worked out from a computed weight, with what is done, in words.
     """
-    planner = _Planner(manifest, model, registry, device)
-    planner.match_parametrized(reparametrize)
+    planner = _Planner(manifest, inventory, registry, device)
+    planner.match_parametrized(reparametrize, computed)
     planner.match_modules(strict)
     if not strict:
         planner.match_wholes()
@@ -63,8 +65,7 @@ def make_plan(
 class _Planner:
     """Holds what the steps share. Each step takes what it can explain off the table; what is left does not fit."""
 
-    def __init__(self, manifest: Manifest, model: nn.Module, registry: Registry, device: torch.device) -> None:
-        inventory = take_inventory(model)
+    def __init__(self, manifest: Manifest, inventory: Inventory, registry: Registry, device: torch.device) -> None:
         self.plan = Plan()
         self.manifest = manifest
         self.registry = registry
@@ -105,7 +106,7 @@ class _Planner:
 
     # Parametrized tensors
 
-    def match_parametrized(self, reparametrize: bool) -> None:
+    def match_parametrized(self, reparametrize: bool, computed: Mapping[str, str]) -> None:
         recorded: set[int] = set()
         # Modules come before their parts: what is attached to one is on the table when its own parts are looked up.
         for record in self.manifest.parametrized:
@@ -121,7 +122,9 @@ class _Planner:
                 recorded.add(id(tensor))
                 self._match_live(record, tensor)
         for tensor in self.live.values():
-            if id(tensor) not in recorded:
+            if tensor.name in computed:
+                self._own_live(tensor, Fidelity.INFERENCE, computed[tensor.name])
+            elif id(tensor) not in recorded:
                 self._match_unrecorded(tensor)
 
     def _match_live(self, record: ParametrizedRecord, tensor: ParametrizedTensor) -> None:
@@ -195,7 +198,6 @@ class _Planner:
         """A tensor that is parametrized in the model, and of whose parametrization the file says nothing."""
         prefixes = _prefixes(tensor)
         plain = [join(path, tensor.tensor_name) for path in (tensor.module_path, *tensor.aliases)]
-        classes = ", then ".join(type(_torch.unwrap(link)).__qualname__ for link in tensor.parametrizations)
         if any(prefix in self.file_parts for prefix in prefixes):
             if self.manifest.has_configuration:
                 self.plan.mismatch(tensor.name, "the file has its tensors, but no record of its parametrization")
@@ -203,11 +205,7 @@ class _Planner:
             else:
                 self._own_live(tensor, Fidelity.UNVERIFIED, f"{RESTORED}; the file has no configuration to check")
         elif any(name in self.manifest for name in plain):
-            self.plan.mismatch(
-                tensor.name,
-                f"parametrized in the model ({classes}), plain in the file; load the plain model, then parametrize",
-            )
-            self._settle([*prefixes, *plain])
+            self._settle([*prefixes, *plain])  # a computed weight of which nothing could be made; that has been said
 
     def _own_live(self, tensor: ParametrizedTensor, fidelity: Fidelity, action: str) -> None:
         outcome = Outcome(tensor.name, tensor.module, tensor.tensor_name, fidelity, action)
@@ -247,7 +245,7 @@ class _Planner:
                 verdict = compare_module(record, module, self.registry)
                 self.plan.problems += verdict.problems
                 self.plan.lower(verdict.fidelity)
-            elif strict and not any(record.path.startswith(f"{prefix}.") for prefix in self.owners):
+            elif strict and self._owner_of(f"{record.path}.") is None:
                 self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
         links = {id(_torch.unwrap(link)) for tensor in self.live.values() for link in tensor.parametrizations}
         known = recorded | links | self.fresh
@@ -263,13 +261,13 @@ class _Planner:
         for slot in self.slots.values():
             place = (id(slot.module), slot.name) if slot.tensor is None else id(slot.tensor)
             groups.setdefault(place, []).append(slot)
+        left_out = set(self.manifest.left_out)
         for slots in groups.values():
             open_slots = [slot for slot in slots if slot.key not in self.settled]
             found = [slot for slot in open_slots if slot.key in self.manifest]
             if found:
                 self._match_tensor(found, slots)
             elif slots[0].tensor is not None:
-                left_out = set(self.manifest.left_out)
                 self.plan.missing += [slot.key for slot in open_slots if slot.key not in left_out]
 
     def _match_tensor(self, found: list[Slot], slots: list[Slot]) -> None:

@@ -572,7 +572,7 @@ def test_a_snapshot_does_not_follow_the_tensors() -> None:
 @given(tensor=tensors(), transposed=st.booleans())
 def test_a_live_tensor_fills_as_a_stored_one_does(tensor: Tensor, transposed: bool) -> None:
     shape = tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape)
-    target = torch.zeros(shape, dtype=tensor.dtype)
+    target = torch.empty(shape, dtype=tensor.dtype)
     target = target.permute(tuple(reversed(range(tensor.dim())))) if transposed else target
     assert LiveTensor(tensor).fill(target) == xxhash.xxh3_128_hexdigest(bits(tensor))
     assert bits(target) == bits(tensor)

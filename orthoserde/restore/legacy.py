@@ -1,0 +1,230 @@
+"""Computed weights for a model that wants originals: a checkpoint whose missing state is worked out when asked for.
+
+What `restore` then sees is a checkpoint like any other, so nothing else knows of such files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orthoserde import _torch
+from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
+from orthoserde.errors import ConfigError, DamagedFileError, Problem
+from orthoserde.evaluate import codecs_of
+from orthoserde.json_values import JSON
+from orthoserde.manifest import TensorRecord, join
+from orthoserde.registry import Codec, Registry
+from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless
+from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
+
+#: What to do with computed weights: take them, refuse them, or take damaged ones too, projected or as they are.
+Legacy = Literal["inference", "refuse", "project", "keep"]
+
+
+@dataclass
+class ComputedWeight:
+    """A parametrized tensor of the model of which the file has the computed weight alone.
+
+    Attributes:
+        name: Name of the tensor.
+        key: Key of its weight in the file.
+        source: The weight in the file.
+        record: What the file says of it.
+        codec: Codec of its one parametrization.
+        config: Configuration of that parametrization in the model.
+        dtype: dtype of its state in the model.
+        action: What is done, in words.
+        projected: Whether the weight is moved to the constraint first.
+    """
+
+    name: str
+    key: str
+    source: TensorSource
+    record: TensorRecord
+    codec: Codec
+    config: Mapping[str, JSON]
+    dtype: torch.dtype
+    action: str = "started afresh at the computed weight"
+    projected: bool = False
+    _state: dict[str, Tensor] = field(default_factory=dict)
+
+    def weight(self) -> Tensor:
+        """The weight, on the CPU, in the file's precision."""
+        weight = torch.empty(self.record.shape, dtype=DTYPES[self.record.dtype], device="cpu")
+        digest = self.source.fill(weight)
+        if self.record.digest not in (None, digest):
+            raise DamagedFileError(f"{self.key}: it changed while it was read")
+        return weight
+
+    def take(self, role: str) -> Tensor:
+        """One tensor of the state; it is worked out for all roles at once, and each is handed out and forgotten."""
+        if role not in self._state:
+            weight = self.weight()
+            weight = self.codec.project(weight, self.config) if self.projected else weight
+            self._state = self.codec.from_weight(weight.to(self.dtype), self.config)
+        return self._state.pop(role)
+
+    def check(self, legacy: Legacy) -> Problem | None:
+        """Whether the weight is on the constraint, or what is to be done if it is not."""
+        weight = self.weight()
+        if not bool(torch.isfinite(weight.abs()).all()):
+            return Problem(
+                self.name, "mismatch", "its computed weight in the file is not finite; use another checkpoint"
+            )
+        if self.codec.admits(weight, self.config):
+            return None
+        residual = self.codec.residual(weight)
+        distance = "" if residual is None else f" by {residual:.3g}"
+        if legacy == "project":
+            self.projected = True
+            self.action = f"{self.action}, which was off the constraint{distance} and was projected onto it"
+            return None
+        if legacy == "keep":
+            try:
+                self.codec.from_weight(weight.to(self.dtype), self.config)
+            except ConfigError as error:
+                return Problem(self.name, "mismatch", str(error))
+            self.action = f"{self.action}, which is off the constraint{distance} and was kept so"
+            return None
+        return Problem(
+            self.name,
+            "mismatch",
+            f"its computed weight in the file is off the constraint{distance}: damaged by a resume that left it, or "
+            "rounded; use another checkpoint, or legacy='project' or 'keep' to load it all the same",
+        )
+
+
+@dataclass(frozen=True)
+class WorkedOut:
+    """The elements of one tensor of a state that is worked out from a computed weight."""
+
+    weight: ComputedWeight
+    role: str
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the elements as row-major bytes."""
+        return LiveTensor(self.weight.take(self.role)).blocks()
+
+    def fill(self, target: Tensor) -> str:
+        """Overwrite ``target`` in place with the elements; return the digest of what was read."""
+        return LiveTensor(self.weight.take(self.role)).fill(target)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A checkpoint in which computed weights stand for state, and what could not be made of one."""
+
+    checkpoint: Checkpoint
+    weights: Mapping[str, ComputedWeight]
+    problems: tuple[Problem, ...]
+
+
+def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, legacy: Legacy) -> Completed:
+    """Give a checkpoint the state that the model wants and that computed weights stand for.
+
+    Args:
+        checkpoint: Any checkpoint; where it has the state itself, nothing is done.
+        inventory: What the model holds.
+        registry: The user's classes.
+        legacy: Whether computed weights are taken at all.
+    """
+    manifest = checkpoint.manifest
+    recorded: set[str] = set()
+    for stored in manifest.parametrized:
+        recorded.update(_names(stored.module, stored.aliases, stored.tensor_name))
+    present = _prefixes(checkpoint)
+    tensors, aliases = dict(manifest.tensors), dict(manifest.aliases)
+    sources = dict(checkpoint.sources)
+    weights: dict[str, ComputedWeight] = {}
+    problems: list[Problem] = []
+    for tensor in inventory.parametrized:
+        names = _names(tensor.module_path, tensor.aliases, tensor.tensor_name)
+        keys = [name for name in names if name in manifest and name not in inventory.slots]
+        prefixes = _names(tensor.module_path, tensor.aliases, f"parametrizations.{tensor.tensor_name}")
+        if not keys or recorded.intersection(names) or present.intersection(prefixes):
+            continue
+        found = _computed_weight(checkpoint, tensor, keys[0], registry, legacy)
+        if isinstance(found, Problem):
+            problems.append(found)
+            continue
+        weights[tensor.name] = found
+        for wanted, role, record in _wanted(tensor, found):
+            tensors[wanted], sources[wanted] = record, WorkedOut(found, role)
+        for key in keys:
+            tensors.pop(key, None)
+            aliases.pop(key, None)
+    if not weights:
+        return Completed(checkpoint, weights, tuple(problems))
+    # A tensor that was stored under a name which is now taken apart may still be wanted under its other names.
+    for alias, kept in list(aliases.items()):
+        if kept not in tensors:
+            del aliases[alias]
+            tensors.setdefault(alias, manifest.tensors[kept])
+            sources.setdefault(alias, checkpoint.sources[kept])
+    completed = dataclasses.replace(manifest, tensors=tensors, aliases=aliases)
+    return Completed(dataclasses.replace(checkpoint, manifest=completed, sources=sources), weights, tuple(problems))
+
+
+def _names(path: str, aliases: tuple[str, ...], name: str) -> list[str]:
+    return [join(each, name) for each in (path, *aliases)]
+
+
+def _prefixes(checkpoint: Checkpoint) -> set[str]:
+    """Every ``path.parametrizations.name`` of which the file has a part."""
+    found: set[str] = set()
+    for key in [*checkpoint.manifest.tensors, *checkpoint.manifest.aliases]:
+        parts = key.split(".")
+        found |= {".".join(parts[: i + 2]) for i in range(len(parts) - 2) if parts[i] == "parametrizations"}
+    return found
+
+
+def _computed_weight(
+    checkpoint: Checkpoint, tensor: ParametrizedTensor, key: str, registry: Registry, legacy: Legacy
+) -> ComputedWeight | Problem:
+    def refused(text: str) -> Problem:
+        return Problem(tensor.name, "mismatch", f"the file has its computed weight alone, {text}")
+
+    if legacy == "refuse":
+        return refused("which legacy='refuse' does not take")
+    links = [_torch.unwrap(link) for link in tensor.parametrizations]
+    codec = codecs_of(tensor, registry)[0]
+    if len(links) != 1:
+        return refused(f"which does not determine the state of {len(links)} parametrizations in a row")
+    name = _torch.class_before_parametrizations(links[0]).__qualname__
+    if codec is None:
+        return refused(f"which does not determine the state of the unregistered {name}")
+    config = codec.config(links[0])
+    if config is None or not codec.recovers(config):
+        return refused(f"from which the state of {codec.kind} cannot be recovered in this configuration")
+    kept = checkpoint.manifest.kept_key(key)
+    record = checkpoint.manifest.tensors[kept]
+    shape = codec.shape({name: original.shape for name, original in tensor.originals.items()})
+    if shape is not None and record.shape != tuple(shape):
+        return refused(f"of shape {list(record.shape)}, the model has {list(shape)}")
+    dtype = next(iter(tensor.originals.values())).dtype
+    if not is_lossless(record.dtype, dtype_name(dtype)):
+        return refused(f"in {record.dtype}, which the model's {dtype_name(dtype)} cannot hold exactly")
+    return ComputedWeight(tensor.name, key, checkpoint.sources[kept], record, codec, config, dtype)
+
+
+def _wanted(tensor: ParametrizedTensor, found: ComputedWeight) -> Iterator[tuple[str, str, TensorRecord]]:
+    """Key, role and record of every tensor that the model has, or has None in the place of."""
+    for role, original in tensor.originals.items():
+        yield join(tensor.prefix, role), role, _record(original, found, parameter=tensor.parameter)
+    for role, slot in take_inventory(tensor.parametrizations[0]).slots.items():
+        like = slot.tensor
+        if like is None:
+            meta = torch.empty(found.record.shape, dtype=found.dtype, device="meta")
+            like = found.codec.from_weight(meta, found.config).get(role)
+        if like is not None:
+            yield join(tensor.prefix, "0", role), role, _record(like, found, parameter=slot.parameter)
+
+
+def _record(like: Tensor, found: ComputedWeight, parameter: bool) -> TensorRecord:
+    return TensorRecord(dtype_name(found.dtype), tuple(like.shape), tuple(like.stride()), parameter)

@@ -40,13 +40,13 @@ def of_each(example: object) -> str:
 
 
 def test_there_is_an_example_of_every_error() -> None:
-    classes = {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)}
+    classes = {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, OrthoserdeError)}
     assert {type(error) for error, _ in EXAMPLES} == classes
 
 
 def test_every_error_is_public() -> None:
     assert {type(error) for error, _ in EXAMPLES} == {
-        value for value in vars(orthoserde).values() if inspect.isclass(value) and issubclass(value, Exception)
+        value for value in vars(orthoserde).values() if inspect.isclass(value) and issubclass(value, OrthoserdeError)
     }
     assert all(type(error).__name__ in orthoserde.__all__ for error, _ in EXAMPLES)
 

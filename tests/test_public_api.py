@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 SIGNATURES = {
     "save": "(model, path, *, metadata=None, registry=None)",
-    "load": "(model, path, *, strict=True, reparametrize=True, device=None, verify=True, registry=None)",
+    "load": (
+        "(model, path, *, strict=True, legacy='inference', reparametrize=True, device=None, verify=True, registry=None)"
+    ),
     "register": "(kind, version=1)",
     "parametrized_tensors": "(model)",
 }
@@ -41,6 +43,7 @@ ERRORS = {
 VALUES = {
     "Codec",
     "Fidelity",
+    "LegacyCheckpointWarning",
     "LoadReport",
     "ParametrizedTensor",
     "Problem",

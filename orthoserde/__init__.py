@@ -5,7 +5,7 @@
 """
 
 from orthoserde._version import __version__
-from orthoserde.api import load, save
+from orthoserde.api import inspect, load, save, verify
 from orthoserde.errors import (
     CheckpointNotFoundError,
     CommitUncertainError,
@@ -22,8 +22,9 @@ from orthoserde.errors import (
     RegistrationError,
     UnsupportedModuleError,
 )
+from orthoserde.manifest import Manifest
 from orthoserde.registry import Codec, Registry, default_registry, register
-from orthoserde.reports import Fidelity, LoadReport, SaveReport, TensorReport
+from orthoserde.reports import Fidelity, LoadReport, SaveReport, TensorReport, VerifyReport
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "LegacyCheckpointWarning",
     "LoadInterruptedError",
     "LoadReport",
+    "Manifest",
     "OrthoserdeError",
     "ParametrizedTensor",
     "Problem",
@@ -48,10 +50,13 @@ __all__ = [
     "SaveReport",
     "TensorReport",
     "UnsupportedModuleError",
+    "VerifyReport",
     "__version__",
     "default_registry",
+    "inspect",
     "load",
     "parametrized_tensors",
     "register",
     "save",
+    "verify",
 ]

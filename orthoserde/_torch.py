@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 OrthogonalModule: type[nn.Module] = parametrizations._Orthogonal
 WeightNormModule: type[nn.Module] = parametrizations._WeightNorm
@@ -79,7 +81,7 @@ def own_transient_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module._buffers.items() if name in hidden and buffer is not None}
 
 
-def set_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
+def set_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     """Put a tensor into a buffer's slot, without what ``__setattr__`` overrides would make of it."""
     module._buffers[name] = buffer
 
@@ -192,3 +194,26 @@ def undisturbed() -> Iterator[None]:
         random.setstate(python_state)
         if numpy_random is not None:
             numpy_random.set_state(numpy_state)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Inside of it, notes the size of the largest tensor that any operation returns.
+
+    On the meta device that tells what a computation would allocate at once, before anything is allocated.
+
+    Attributes:
+        nbytes: Bytes of the largest tensor so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and look at its results."""
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.nbytes = max([self.nbytes, *sizes])
+        return result

@@ -1,4 +1,4 @@
-"""`save` and `load`: they join the rooms and do nothing themselves."""
+"""`save`, `load`, `inspect` and `verify`: they join the rooms and do nothing themselves."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from orthoserde import storage
+from orthoserde import audit, storage
 from orthoserde.capture import capture
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.registry import Registry, default_registry
-from orthoserde.reports import LoadReport, SaveReport
+from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, restore
 
 
@@ -123,6 +123,78 @@ def load(
             device=device,
             verify=verify,
         )
+
+
+def inspect(path: str | os.PathLike[str]) -> Manifest:
+    """Say what a file holds, without a model.
+
+    Of a safetensors file, ours or another library's, the header alone is read, so this takes no longer for a large
+    file. ``python -m orthoserde inspect FILE`` shows the same as a table.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its tensors, parametrized tensors with their configuration, ties, modules and metadata. Of a file of another
+        library, names, shapes and dtypes are all there is to say (``has_configuration`` is False).
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        FileAccessError: The system refuses to open or read it.
+        FileFormatError: Not a checkpoint, a newer format (``FormatVersionError``), or a damaged header
+            (``DamagedFileError``). Damage behind the header is for :func:`verify` to find.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> model = orthogonal(torch.nn.Linear(8, 4), orthogonal_map="cayley")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = orthoserde.save(model, f"{folder}/model.safetensors")
+        ...     manifest = orthoserde.inspect(f"{folder}/model.safetensors")
+        >>> print(manifest)
+        3 tensors, 400 bytes, 1 parametrized
+          1 x torch>orthogonal
+        >>> manifest.parametrized[0].chain[0].config["orthogonal_map"]
+        'cayley'
+    """
+    with storage.read(path) as checkpoint:
+        return checkpoint.manifest
+
+
+def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) -> VerifyReport:
+    """Check a file to its last byte, without a model.
+
+    Reading it checks its schema. Then every tensor is held to its digest, and every computed tensor that can be computed
+    from the file alone to its constraint. Memory holds one parametrized tensor at a time. Computing one takes what it
+    takes in training: seconds for a matrix exponential of a few thousand rows.
+
+    Args:
+        path: The file. One of another library has neither digests nor configuration; ``report.digests`` says so.
+        registry: Codecs of your own, whose constraints are to be measured; those added to
+            ``orthoserde.default_registry`` by default. A class that was merely registered is never built.
+
+    Returns:
+        What was found. A damaged tensor, or one that is off its constraint, is an entry of the report.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        FileAccessError: The system refuses to open or read it.
+        FileFormatError: Not a checkpoint, a newer format (``FormatVersionError``), or its header is damaged
+            (``DamagedFileError``), so that nothing can be said of its tensors.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = orthoserde.save(orthogonal(torch.nn.Linear(8, 4)), f"{folder}/model.safetensors")
+        ...     verified = orthoserde.verify(f"{folder}/model.safetensors")
+        >>> verified.ok
+        True
+        >>> verified.residuals["weight"] < 1e-5
+        True
+    """
+    with storage.read(path) as checkpoint:
+        return audit.verify(checkpoint, registry or default_registry)
 
 
 def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:

@@ -92,6 +92,19 @@ class Checkpoint:
             self.sources[kept].fill(tensor)
         return tensor
 
+    def damaged(self) -> list[str]:
+        """Read every tensor that has a digest once; return the keys of those whose bytes are not what was saved.
+
+        Raises:
+            FileAccessError: The system refuses to read the file.
+            FileFormatError: The file changed meanwhile.
+        """
+        return [
+            key
+            for key, record in self.manifest.tensors.items()
+            if record.digest is not None and tensor_bytes.digest_of(self.sources[key].blocks()) != record.digest
+        ]
+
     def snapshot(self) -> Checkpoint:
         """Copy every tensor into memory, so that the result no longer follows the model or needs the file."""
         sources = {key: LiveTensor(self.tensor(key)) for key in self.sources}

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -18,6 +20,9 @@ FORMAT_VERSION = 1
 
 #: The kind of a parametrization whose class is not registered: its state is kept, its configuration is not known.
 OPAQUE = "opaque"
+
+#: ``str`` of a manifest counts this many sorts of parametrized tensors.
+SHOWN_KINDS = 20
 
 #: A stored tensor that is the whole tensor, as opposed to a compressed form of it.
 DENSE = "dense"
@@ -42,6 +47,11 @@ class TensorRecord:
     parameter: bool
     digest: str | None = None
     requires_grad: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * tensor_bytes.DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +167,23 @@ class Manifest:
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors or key in self.aliases
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(record.nbytes for record in self.tensors.values())
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.tensors)} tensors, {self.nbytes} bytes, {len(self.parametrized)} parametrized"]
+        counts = Counter(", then ".join(link.kind for link in record.chain) for record in self.parametrized)
+        lines += [f"  {count} x {kinds}" for kinds, count in sorted(counts.items())[:SHOWN_KINDS]]
+        if self.aliases:
+            lines.append(f"  tied and stored once: {len(self.aliases)}")
+        if self.left_out:
+            lines.append(f"  left out when it was saved: {len(self.left_out)}")
+        if not self.has_configuration:
+            lines.append("  written by another library: names, shapes and values, but no configuration and no digests")
+        return "\n".join(lines)
 
 
 def join(*parts: str) -> str:

@@ -1,8 +1,9 @@
-"""What a save or a load did, told to the caller."""
+"""What a save, a load or a verification did, told to the caller."""
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -126,14 +127,89 @@ class LoadReport:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class VerifyReport:
+    """What can be said of a file from its own bytes, without a model.
+
+    Attributes:
+        path: The file.
+        has_configuration: Whether this library wrote it; else it is names, shapes and values alone.
+        digests: Whether it has digests. Without them it cannot be known whether its bytes are those that were saved.
+        tensors: Number of stored tensors.
+        damaged: Keys of tensors whose bytes do not match their digest.
+        residuals: Distance of each computed tensor from its constraint, by name, NaN where the tensor is not finite;
+            None where its kind has no constraint to measure.
+        off_constraint: Names of computed tensors that are farther from their constraint than rounding takes them.
+        misfits: Names of parametrized tensors whose stored state is not one that their recorded configuration can have,
+            with why.
+        not_measured: Names of parametrized tensors that cannot be computed from the file alone, with why.
+    """
+
+    path: str
+    has_configuration: bool
+    digests: bool
+    tensors: int
+    damaged: tuple[str, ...] = ()
+    residuals: Mapping[str, float | None] = field(default_factory=dict)
+    off_constraint: tuple[str, ...] = ()
+    misfits: Mapping[str, str] = field(default_factory=dict)
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong in what could be checked; :attr:`digests` and :attr:`not_measured` say what was not."""
+        return not (self.damaged or self.off_constraint or self.misfits)
+
+    @property
+    def integrity(self) -> str:
+        """What the digests say, in words."""
+        if not self.digests:
+            return "the file has no digests, so it cannot be known whether its bytes are those that were saved"
+        return f"{self.tensors - len(self.damaged)} of {self.tensors} tensors match their digests"
+
+    @property
+    def constraints(self) -> str:
+        """What the residuals say, in words."""
+        measured = [residual for residual in self.residuals.values() if residual is not None]
+        if not measured:
+            return "no computed tensor with a constraint could be measured"
+        largest = max(measured, key=lambda residual: (math.isnan(residual), residual))
+        on = len(measured) - len(self.off_constraint)
+        return (
+            f"{on} of {len(measured)} measured tensors are on their constraint, the largest residual is {largest:.2g}"
+        )
+
+    def __str__(self) -> str:
+        lines = [f"verified {printable(self.path)}: {'ok' if self.ok else 'NOT OK'}", f"  {self.integrity}"]
+        if self.damaged:
+            lines.append(f"  damaged: {printable(shorten(self.damaged))}")
+        if self.residuals:
+            lines.append(f"  {self.constraints}")
+        if self.off_constraint:
+            lines.append(f"  off their constraint: {printable(shorten(self.off_constraint))}")
+        for label, reasons in (("does not fit", self.misfits), ("not measured", self.not_measured)):
+            lines += [f"  {printable(name)}: {label}: {printable(why)}" for name, why in list(reasons.items())[:SHOWN]]
+            if len(reasons) > SHOWN:
+                lines.append(f"  {label}: {len(reasons) - SHOWN} more")
+        return "\n".join(lines)
+
+
 def _notable(tensors: Mapping[str, TensorReport], most: int = 20) -> list[TensorReport]:
     """The parametrized tensors of which more is to be said than that they were restored exactly and in place."""
     ranked = sorted(tensors.values(), key=lambda report: report.fidelity)
     return [report for report in ranked if report.fidelity < Fidelity.EXACT or report.action != RESTORED][:most]
 
 
+#: ``str`` of a report lists this many things of a sort.
+SHOWN = 20
+
 #: What is done with a parametrized tensor when nothing out of the ordinary is.
 RESTORED = "restored in place"
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey instead of show: names in the files of strangers may hold anything."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def shorten(names: list[str] | tuple[str, ...], most: int = 5) -> str:

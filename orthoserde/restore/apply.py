@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import DamagedFileError, LoadInterruptedError
+from orthoserde.errors import DamagedFileError, LoadInterruptedError, UnsupportedModuleError
 from orthoserde.restore.plan import Make, Plan
 from orthoserde.tensor_bytes import empty_like_recorded
 
@@ -20,7 +20,8 @@ def apply(checkpoint: Checkpoint, plan: Plan) -> None:
     attached, which can be undone, and last the existing tensors are overwritten, which cannot.
 
     Raises:
-        LoadInterruptedError: Reading failed, or was interrupted, after the first existing tensor was overwritten.
+        UnsupportedModuleError: The structure of the model could not be changed; it is as it was.
+        LoadInterruptedError: Reading failed, or was interrupted, while existing tensors were being overwritten.
     """
     made = [(make, _made(checkpoint, make)) for make in plan.makes]
     for write in plan.writes:
@@ -36,8 +37,9 @@ def apply(checkpoint: Checkpoint, plan: Plan) -> None:
             f"{checkpoint.origin}: loading stopped half-way ({type(error).__name__}): the model is partly written; "
             "load it again or discard it"
         ) from error
-    for outcome in plan.outcomes:
-        _torch.forget_cached(outcome.module, outcome.tensor_name)
+    finally:
+        for outcome in plan.outcomes:
+            _torch.forget_cached(outcome.module, outcome.tensor_name)
 
 
 def _made(checkpoint: Checkpoint, make: Make) -> Tensor:
@@ -56,16 +58,17 @@ def _fill(checkpoint: Checkpoint, stored: str, target: Tensor) -> None:
 
 def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:
     undo: list[Callable[[], None]] = []
-    try:
-        with _torch.without_weak_references(plan.holders):
+    with _torch.without_weak_references(plan.holders):
+        try:
             for make, tensor in made:
-                make.place(tensor)
-        for attachment in plan.attachments:
-            undo.append(attachment.attach())
-    except BaseException as error:
-        for step in reversed(undo):
-            step()
-        raise LoadInterruptedError(
-            f"the model could not be changed ({type(error).__name__}: {error}); meta tensors may have been replaced "
-            "already: load it again or discard it"
-        ) from error
+                undo.append(make.place(tensor))
+            for attachment in plan.attachments:
+                undo.append(attachment.attach())
+        except BaseException as error:
+            for step in reversed(undo):
+                step()
+            if isinstance(error, Exception):
+                raise UnsupportedModuleError(
+                    f"the model could not be changed, nothing was loaded: {type(error).__name__}: {error}"
+                ) from error
+            raise

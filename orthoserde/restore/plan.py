@@ -39,14 +39,14 @@ class Make:
         stored: Key in the file.
         dtype: dtype of the new tensor.
         device: Device of the new tensor.
-        place: Puts the new tensor into the model.
+        place: Puts the new tensor into the model, and returns what takes it out again.
     """
 
     key: str
     stored: str
     dtype: torch.dtype
     device: torch.device
-    place: Callable[[Tensor], None]
+    place: Callable[[Tensor], Callable[[], None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -187,8 +188,9 @@ class _Planner:
         key = attachment.record.original_key(name)
         dtype = self._target_dtype(key, owner)
 
-        def place(tensor: Tensor) -> None:
+        def place(tensor: Tensor) -> Callable[[], None]:
             attachment.originals[name] = tensor
+            return attachment.originals.clear
 
         if dtype is not None:
             self.plan.makes.append(Make(key, self.manifest.kept_key(key), dtype, self._place_for(owner), place))
@@ -383,7 +385,7 @@ class _Place:
 
     slots: tuple[Slot, ...]
 
-    def __call__(self, tensor: Tensor) -> None:
+    def __call__(self, tensor: Tensor) -> Callable[[], None]:
         old = self.slots[0].tensor
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(tensor, requires_grad=old.requires_grad)
@@ -391,9 +393,14 @@ class _Place:
             vars(new).update(vars(old))
             # The object stays: an optimizer, a tie or a list that holds it goes on holding the right one.
             _torch.swap(old, new)
-        else:
-            for slot in self.slots:
-                _torch.set_buffer(slot.module, slot.name, tensor)
+            return partial(_torch.swap, old, new)
+        for slot in self.slots:
+            _torch.set_buffer(slot.module, slot.name, tensor)
+        return self._put_back
+
+    def _put_back(self) -> None:
+        for slot in self.slots:
+            _torch.set_buffer(slot.module, slot.name, slot.tensor)
 
 
 def _same_layout(record: TensorRecord, bare: Tensor) -> bool:

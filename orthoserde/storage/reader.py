@@ -17,10 +17,11 @@ from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import CheckpointNotFoundError, FileAccessError, FileFormatError
 from orthoserde.storage.container import LENGTH_BYTES, MAX_HEADER_BYTES, Entry, decode_header
 from orthoserde.storage.format import manifest_of
+from orthoserde.storage.torch_files import MAGIC_BYTES, is_torch_file, read_torch_file
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a safetensors file, ours or another library's, and read its header.
+    """Open a file: of ours, a safetensors file of another library, or a state dict of ``torch.save``.
 
     Args:
         path: The file. Anything but a regular file is refused.
@@ -31,12 +32,17 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointNotFoundError: There is no such file.
         FileAccessError: The system refuses to open or read it.
-        FileFormatError: It is not a safetensors file, or it is damaged.
+        FileFormatError: It is none of these, or it is damaged.
     """
     name = os.fspath(path)
     file = _open(name)
     try:
         size = os.fstat(file.fileno()).st_size
+        start = _read_exactly(file, min(size, MAGIC_BYTES), name)
+        if is_torch_file(start):
+            file.close()
+            return read_torch_file(name, start)
+        file.seek(0)
         raw = _read_header(file, size, name)
         header = decode_header(raw[LENGTH_BYTES:], size - len(raw), name)
         manifest = manifest_of(header, raw, name)

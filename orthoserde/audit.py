@@ -1,0 +1,225 @@
+"""What can be said of a checkpoint without a model: whether its bytes are those that were saved, and make sense.
+
+Note [Dry run]
+A file is a stranger: the shapes of its tensors need not fit each other or their configuration, and a few bytes may stand
+for a computation of many gigabytes. So each parametrization of torch's is first computed on the meta device, which
+checks shapes and allocates nothing, and is computed in earnest only if no intermediate result is larger than the file
+holds (or than ``SCRATCH_BYTES``). Where the meta device does not tell, the shapes of the state are held to those of the
+state that the codec would make: torch's weight_norm does not check that its magnitude is as long as its direction, and
+reads beyond the end of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthoserde import _torch
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import ConfigError
+from orthoserde.json_values import JSON
+from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, join
+from orthoserde.parametrizations import TORCH_CODECS, codec_for_kind
+from orthoserde.registry import Codec, RegisteredClass, Registry
+from orthoserde.reports import VerifyReport
+from orthoserde.tensor_bytes import dtype_name
+
+#: An intermediate result may have this many bytes, or as many as the file holds if these are more.
+SCRATCH_BYTES = 256 << 20
+
+#: dtypes of computed tensors that can be held to a constraint: what is coarser is off it by its own rounding.
+_FINE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+class _NotMeasured(Exception):  # noqa: N818  # an answer, not an error
+    """A tensor cannot be computed from the file alone; the message says why."""
+
+
+class _Misfit(Exception):  # noqa: N818  # an answer, not an error
+    """The stored state is not one that the recorded configuration can have; the message says why."""
+
+
+def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
+    """Check the digest of every tensor, and how far every computed tensor is from its constraint.
+
+    Digests are read in blocks. Then one parametrized tensor at a time is read and computed; see Note [Dry run].
+
+    Args:
+        checkpoint: What a file holds. That it could be read says that its schema is sound.
+        registry: The user's codecs. A class that was merely registered has no constraint that is known, so it is never
+            built.
+
+    Returns:
+        What was found. A damaged or senseless tensor is an entry of the report, not an exception.
+
+    Raises:
+        FileAccessError: The system refuses to read the file.
+        FileFormatError: The file changed meanwhile.
+    """
+    manifest = checkpoint.manifest
+    damaged = checkpoint.damaged()
+    residuals: dict[str, float | None] = {}
+    off_constraint: list[str] = []
+    misfits: dict[str, str] = {}
+    not_measured = _unrecorded(manifest)
+    limit = max(SCRATCH_BYTES, manifest.nbytes)
+    for record in manifest.parametrized:
+        name = record.name
+        try:
+            with _torch.undisturbed():
+                if any(manifest.kept_key(key) in damaged for key in record.tensor_keys()):
+                    raise _NotMeasured("its state is damaged")
+                links = [_resolve(link, registry) for link in record.chain]
+                residual, admitted = _judge(links[-1], _compute(checkpoint, record, links, limit))
+        except _NotMeasured as reason:
+            not_measured[name] = str(reason)
+        except _Misfit as reason:
+            misfits[name] = str(reason)
+        else:
+            residuals[name] = residual
+            if not admitted:
+                off_constraint.append(name)
+    return VerifyReport(
+        path=checkpoint.origin,
+        has_configuration=manifest.has_configuration,
+        digests=all(record.digest is not None for record in manifest.tensors.values()),
+        tensors=len(manifest.tensors),
+        damaged=tuple(damaged),
+        residuals=residuals,
+        off_constraint=tuple(off_constraint),
+        misfits=misfits,
+        not_measured=not_measured,
+    )
+
+
+def _unrecorded(manifest: Manifest) -> dict[str, str]:
+    """Parametrized tensors of a file without configuration: torch's keys give them away."""
+    found: dict[str, str] = {}
+    if not manifest.has_configuration:
+        for key in (*manifest.tensors, *manifest.aliases):
+            parts = key.split(".")
+            if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] in ("original", "original0"):
+                found[join(*parts[:-3], parts[-2])] = "the file has no configuration"
+    return found
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One parametrization, as this process knows it."""
+
+    record: ParametrizationRecord
+    codec: Codec
+    config: Mapping[str, JSON]
+
+
+def _resolve(record: ParametrizationRecord, registry: Registry) -> _Link:
+    kind, version = record.kind, record.version
+    codec = codec_for_kind(registry, kind)
+    if kind == OPAQUE:
+        raise _NotMeasured(f"{record.class_name} was not registered when it was saved")
+    if codec is None:
+        raise _NotMeasured(f"{kind} is not registered in this process")
+    if isinstance(codec, RegisteredClass):
+        raise _NotMeasured(f"what {kind} computes, and its constraint, are known to its own code alone")
+    if record.config is None:
+        raise _NotMeasured(f"the file does not have the configuration of its {kind}")
+    if version > codec.version:
+        raise _NotMeasured(f"the file has version {version} of {kind}, this process knows up to {codec.version}")
+    if version < codec.version:
+        try:
+            return _Link(record, codec, codec.upgrade(dict(record.config), version))
+        except Exception as error:  # whatever a user's codec raises
+            raise _NotMeasured(f"{kind}: upgrade from version {version}: {_one_line(error)}") from error
+    return _Link(record, codec, record.config)
+
+
+def _compute(checkpoint: Checkpoint, record: ParametrizedRecord, links: list[_Link], limit: int) -> Tensor:
+    """The computed tensor, from the stored state alone."""
+    current = {name: checkpoint.tensor(record.original_key(name)) for name in record.originals}
+    for index, link in enumerate(links):
+        own = {role: checkpoint.tensor(record.link_key(index, role)) for role in link.record.tensors}
+        if link.codec in TORCH_CODECS:
+            _dry_run(link, current, own, limit)
+        try:
+            weight = link.codec.compute(link.config, {**current, **own})
+        except Exception as error:  # torch has no such operation for this dtype, or whatever a user's codec raises
+            raise _NotMeasured(f"{link.codec.kind} cannot be computed here: {_one_line(error)}") from error
+        current = {"original": weight}
+    if record.shape is not None and weight.shape != record.shape:
+        raise _Misfit(f"recorded with shape {list(record.shape)}, its state gives {list(weight.shape)}")
+    return weight
+
+
+def _dry_run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor], limit: int) -> None:
+    """Check that one of torch's parametrizations can be computed and does not take too much memory."""
+    kind = link.codec.kind
+    state = {name: tensor.to("meta") for name, tensor in {**inputs, **own}.items()}
+    try:
+        expected, optional = _expected_shapes(link, {name: state[name] for name in inputs})
+        for name in sorted(state.keys() - expected.keys() - optional):
+            raise _Misfit(f"{kind} has no tensor {name!r} in this configuration")
+        for name in sorted(optional - state.keys()):
+            raise _NotMeasured(f"its {name} is None, as torch left it on the meta device")
+        for name, shape in expected.items():
+            if name not in state:
+                raise _Misfit(f"{kind} needs a tensor {name!r}, which is not in the file")
+            if state[name].shape != shape:
+                raise _Misfit(f"{kind}: expected {name} of shape {list(shape)}, got {list(state[name].shape)}")
+        with _torch.LargestTensor() as largest:
+            weight = link.codec.compute(link.config, state)
+        shape_of_weight = link.codec.shape({name: state[name].shape for name in inputs})
+        if weight.shape != shape_of_weight:
+            raise _Misfit(f"{kind}: the shapes of its tensors do not fit each other: {_shapes(state)}")
+    except (_Misfit, _NotMeasured):
+        raise
+    except NotImplementedError as error:
+        raise _NotMeasured(f"{kind} cannot be checked with this torch: {_one_line(error)}") from error
+    except Exception as error:  # whatever torch makes of shapes and settings that do not go together
+        raise _Misfit(f"{kind}: its tensors do not fit its configuration: {_one_line(error)}") from error
+    if largest.nbytes > limit:
+        raise _NotMeasured(f"{kind} takes {largest.nbytes} bytes at once to compute, and the limit here is {limit}")
+
+
+def _expected_shapes(link: _Link, inputs: Mapping[str, Tensor]) -> tuple[dict[str, torch.Size], set[str]]:
+    """Shapes of the state that a codec would make, on the meta device, and names of buffers that may be None."""
+    shape = link.codec.shape({name: tensor.shape for name, tensor in inputs.items()})
+    if shape is None or set(inputs) not in ({"original"}, {"original0", "original1"}):
+        raise ConfigError(f"it does not go with {', '.join(sorted(inputs))}")
+    like = next(reversed(inputs.values()))
+    built = link.codec.build(link.config, like)
+    buffers = _torch.own_buffers(built)
+    expected = {name: buffer.shape for name, buffer in buffers.items() if buffer is not None}
+    expected |= {name: tensor.shape for name, tensor in inputs.items()}
+    # Which state a weight comes from cannot always be told, or not on the meta device; then the computation must do.
+    with contextlib.suppress(ConfigError, RuntimeError):
+        fresh = link.codec.from_weight(like.new_empty(shape), link.config)
+        expected |= {name: tensor.shape for name, tensor in fresh.items()}
+    return expected, {name for name, buffer in buffers.items() if buffer is None}
+
+
+def _judge(link: _Link, weight: Tensor) -> tuple[float | None, bool]:
+    """Residual of a computed tensor, and whether it is on the constraint."""
+    try:
+        residual = link.codec.residual(weight)
+        if residual is None:
+            return None, True
+        if weight.dtype not in _FINE:
+            raise _NotMeasured(f"{dtype_name(weight.dtype)} is too coarse to be held to a constraint")
+        return residual, link.codec.admits(weight, link.config)
+    except _NotMeasured:
+        raise
+    except Exception as error:  # whatever a user's codec raises
+        raise _NotMeasured(f"{link.codec.kind} cannot be measured here: {_one_line(error)}") from error
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,140 @@
+"""Files of ``torch.save`` to checkpoints, for reading alone.
+
+They are pickles, so they are read by torch's own restricted unpickler and never in any other way: what it refuses is
+refused. That unpickler could be made to run code before torch 2.6 (CVE-2025-32434), so there these files are refused.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pickle import PickleError
+
+import torch
+from torch import Tensor
+
+from orthoserde import _torch
+from orthoserde.checkpoint import Checkpoint, LiveTensor
+from orthoserde.errors import FileFormatError
+from orthoserde.manifest import Manifest, TensorRecord
+from orthoserde.tensor_bytes import DTYPES, contiguous_strides, dtype_name
+
+#: How the files of ``torch.save`` begin: a zip archive, or before torch 1.6 a bare pickle.
+ZIP_MAGIC = b"PK\x03\x04"
+PICKLE_MAGIC = b"\x80"
+
+#: Bytes that :func:`is_torch_file` wants to see.
+MAGIC_BYTES = 9
+
+#: The first torch whose ``weights_only=True`` keeps its word.
+SAFE_TORCH = (2, 6)
+
+# What the unpickler of torch 2.13 was seen to raise on 200,000 damaged files.
+_UNPICKLING = (
+    PickleError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    EOFError,
+    OSError,
+    OverflowError,
+)
+
+
+def is_torch_file(start: bytes) -> bool:
+    """Whether a file that begins with these bytes is one of ``torch.save``, and not a safetensors file.
+
+    The header length of a safetensors file may look like a magic number, but then its header follows.
+    """
+    return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
+
+
+def read_torch_file(name: str, start: bytes) -> Checkpoint:
+    """Read a state dict that ``torch.save`` wrote.
+
+    Args:
+        name: The file. It must hold one flat dict of tensors by key.
+        start: Its first bytes.
+
+    Returns:
+        A checkpoint without configuration, whose tensors are in memory.
+
+    Raises:
+        FileFormatError: torch is older than 2.6, or the file is damaged, compressed, not restricted to weights, or not
+            a flat dict of ordinary tensors.
+    """
+    found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if found < SAFE_TORCH:
+        raise FileFormatError(
+            f"{name}: a file of torch.save is a pickle, which torch {torch.__version__} cannot read safely "
+            "(CVE-2025-32434); use torch 2.6 or newer, or convert the file to safetensors"
+        )
+    if start.startswith(ZIP_MAGIC):
+        _check_archive(name)
+    try:
+        content: object = torch.load(name, map_location="cpu", weights_only=True, mmap=False)
+    except _UNPICKLING as error:
+        raise FileFormatError(f"{name}: torch.load(weights_only=True) refuses it: {_first_line(error)}") from error
+    tensors = _checked(content, name)
+    records = {
+        key: TensorRecord(
+            dtype_name(tensor.dtype), tuple(tensor.shape), contiguous_strides(tensor.shape), parameter=False
+        )
+        for key, tensor in tensors.items()
+    }
+    manifest = Manifest(tensors=records, has_configuration=False)
+    return Checkpoint(manifest, {key: LiveTensor(tensor) for key, tensor in tensors.items()}, name)
+
+
+def _check_archive(name: str) -> None:
+    """Torch never compresses and never checks its checksums; a file that needs either is refused."""
+    try:
+        with zipfile.ZipFile(name) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise FileFormatError(f"{name}: a compressed archive, which torch.save does not write")
+            damaged = archive.testzip()
+    except FileFormatError:
+        raise
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise FileFormatError(f"{name}: a damaged archive: {_first_line(error)}") from error
+    if damaged is not None:
+        raise FileFormatError(f"{name}: damaged: the checksum of {damaged!r} does not match; use another copy")
+
+
+def _checked(content: object, name: str) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        raise FileFormatError(f"{name}: expected a state dict, got a {type(content).__name__}")
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise FileFormatError(f"{name}: expected keys that are strings, got a {type(key).__name__}")
+        if not isinstance(value, Tensor):
+            raise FileFormatError(
+                f"{name}: expected a flat state dict of tensors, got a {type(value).__name__} under {key[:64]!r}; "
+                "if the state dict is inside of it, save that part by itself"
+            )
+        tensors[key] = _ordinary(value, key, name)
+    return tensors
+
+
+def _ordinary(tensor: Tensor, key: str, name: str) -> Tensor:
+    if (
+        _torch.overrides_dispatch(tensor)
+        or tensor.layout is not torch.strided
+        or tensor.device.type != "cpu"
+        or dtype_name(tensor.dtype) not in DTYPES
+    ):
+        raise FileFormatError(f"{name}: {key[:64]!r} is no ordinary tensor ({tensor.layout}, {tensor.dtype})")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise FileFormatError(f"{name}: {key[:64]!r} claims more elements than the file holds")
+    return tensor.detach()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__

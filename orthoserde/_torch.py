@@ -16,8 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
+
+from orthoserde.errors import UnsupportedModuleError
 
 OrthogonalModule: type[nn.Module] = parametrizations._Orthogonal
 WeightNormModule: type[nn.Module] = parametrizations._WeightNorm
@@ -45,11 +47,16 @@ def unwrap(module: nn.Module) -> nn.Module:
         for module_name, class_name, attribute in _WRAPPERS:
             # A wrapper whose module was never imported cannot be here, so nothing is imported to ask.
             wrapper = getattr(sys.modules.get(module_name), class_name, None)
-            if wrapper is not None and isinstance(module, wrapper):
+            if wrapper is not None and isinstance(module, wrapper) and _holds_only(module, attribute):
                 module = cast("nn.Module", module._modules[attribute])
                 break
         else:
             return module
+
+
+def _holds_only(module: nn.Module, attribute: str) -> bool:
+    """Whether a wrapper is no more than that: a subclass of the user's may hold state of its own."""
+    return set(module._modules) == {attribute} and not module._parameters and not module._buffers
 
 
 def is_fsdp1(module: nn.Module) -> bool:
@@ -112,8 +119,8 @@ def saved_by_itself(module: nn.Module) -> dict[str, object]:
 
 
 def has_extra_state(module: nn.Module) -> bool:
-    """Whether the class keeps extra state (``get_extra_state``)."""
-    return type(module).get_extra_state is not nn.Module.get_extra_state
+    """Whether the class, or this very module, keeps extra state (``get_extra_state``)."""
+    return "get_extra_state" in vars(module) or type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def overrides_dispatch(tensor: Tensor) -> bool:
@@ -123,9 +130,10 @@ def overrides_dispatch(tensor: Tensor) -> bool:
 
 def parametrization_lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """ParametrizationLists of a module by tensor name, empty where it is not parametrized."""
-    if not parametrize.is_parametrized(module):
+    # What is registered counts: a wrapper may forward the attribute of another module, as is_parametrized asks for it.
+    lists = module._modules.get("parametrizations")
+    if not isinstance(lists, nn.ModuleDict):
         return {}
-    lists = cast("nn.ModuleDict", module._modules["parametrizations"])
     return {
         name: child
         for name, child in child_modules(lists).items()
@@ -142,7 +150,9 @@ def original_names(parametrized: parametrize.ParametrizationList) -> list[str]:
 
 def class_before_parametrizations(module: nn.Module) -> type[nn.Module]:
     """The class that the module had before one of its tensors was parametrized."""
-    return cast("type[nn.Module]", parametrize.type_before_parametrizations(module))
+    cls = type(module)
+    # Registering makes a class on the fly, of which the class before is the one base.
+    return cls.__bases__[0] if parametrization_lists(module) else cls
 
 
 def forget_cached(module: nn.Module, tensor_name: str) -> None:
@@ -177,12 +187,21 @@ def swap(tensor: Tensor, other: Tensor) -> None:
     torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
 
 
+def _refuse_fake_tensors() -> None:
+    """Inside of FakeTensorMode nothing that is read or written would be the real thing."""
+    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensorMode", None)
+    mode: object = _get_current_dispatch_mode()
+    if fake is not None and isinstance(mode, fake):
+        raise UnsupportedModuleError("inside of FakeTensorMode there is nothing to save or load; leave it first")
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave the random generators (torch on every device in use, Python, NumPy) and inference mode as they are.
+    """Leave the random generators (torch on CPU and CUDA, Python, NumPy) and inference mode as they are.
 
     Inside of it new tensors are ordinary ones, also when the caller is in ``torch.inference_mode``.
     """
+    _refuse_fake_tensors()
     numpy_random = sys.modules.get("numpy.random")
     python_state = random.getstate()
     numpy_state = numpy_random.get_state() if numpy_random is not None else None
@@ -196,7 +215,7 @@ def undisturbed() -> Iterator[None]:
             numpy_random.set_state(numpy_state)
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside of it, notes the size of the largest tensor that any operation returns.
 
     On the meta device that tells what a computation would allocate at once, before anything is allocated.
@@ -206,7 +225,7 @@ class LargestTensor(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes = 0
 
     def __torch_dispatch__(

@@ -60,9 +60,9 @@ def save(
         >>> torch.equal(model.weight, other.weight)
         True
     """
-    with capture(model, registry or default_registry, metadata=metadata) as checkpoint:
+    with capture(model, default_registry if registry is None else registry, metadata=metadata) as checkpoint:
         file_bytes = storage.write(checkpoint, path)
-        return _save_report(checkpoint.manifest, os.fspath(path), file_bytes)
+        return _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
 
 
 def load(
@@ -116,7 +116,7 @@ def load(
         return restore(
             checkpoint,
             model,
-            registry or default_registry,
+            default_registry if registry is None else registry,
             strict=strict,
             legacy=legacy,
             reparametrize=reparametrize,
@@ -164,9 +164,9 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
 def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) -> VerifyReport:
     """Check a file to its last byte, without a model.
 
-    Reading it checks its schema. Then every tensor is held to its digest, and every computed tensor that can be computed
-    from the file alone to its constraint. Memory holds one parametrized tensor at a time. Computing one takes what it
-    takes in training: seconds for a matrix exponential of a few thousand rows.
+    Reading it checks its schema. Then every tensor is held to its digest, and every parametrized tensor that can be
+    computed from the file alone to its constraint. Memory holds one parametrized tensor at a time. Computing one takes
+    what it takes in training: seconds for a matrix exponential of a few thousand rows.
 
     Args:
         path: The file. One of another library has neither digests nor configuration; ``report.digests`` says so.
@@ -194,7 +194,7 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
         True
     """
     with storage.read(path) as checkpoint:
-        return audit.verify(checkpoint, registry or default_registry)
+        return audit.verify(checkpoint, default_registry if registry is None else registry)
 
 
 def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:

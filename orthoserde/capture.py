@@ -20,6 +20,7 @@ from orthoserde.manifest import (
     ParametrizationRecord,
     ParametrizedRecord,
     TensorRecord,
+    check_references,
 )
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Codec, Registry, own_tensors
@@ -45,24 +46,29 @@ def capture(
         UnsupportedModuleError: The model holds state that would be lost; every such place is listed.
         ConfigError: A registered class gives a configuration that is not JSON.
     """
-    inventory = take_inventory(model)
-    named = [(key, slot.tensor) for key, slot in inventory.slots.items() if slot.tensor is not None]
-    problems = [*inventory.problems, *(problem for key, tensor in named for problem in _storage_problems(key, tensor))]
-    if problems:
-        raise UnsupportedModuleError(
-            f"cannot save {type(_torch.unwrap(model)).__qualname__} without losing state", problems
+    with _torch.undisturbed():
+        inventory = take_inventory(model)
+        named = [(key, slot.tensor) for key, slot in inventory.slots.items() if slot.tensor is not None]
+        problems = [
+            *inventory.problems,
+            *(problem for key, tensor in named for problem in _storage_problems(key, tensor)),
+        ]
+        if problems:
+            raise UnsupportedModuleError(
+                f"cannot save {type(_torch.unwrap(model)).__qualname__} without losing state", problems
+            )
+        tensors, aliases = _unique_tensors(named)
+        manifest = Manifest(
+            tensors={key: _record(tensor, inventory.slots[key].parameter) for key, tensor in tensors.items()},
+            aliases=aliases,
+            parametrized=tuple(_parametrized_record(tensor, registry) for tensor in inventory.parametrized),
+            modules=tuple(_module_records(inventory, registry)),
+            metadata=_checked_metadata(metadata or {}),
+            writer={"orthoserde": __version__, "torch": str(torch.__version__)},
         )
-    tensors, aliases = _unique_tensors(named)
-    manifest = Manifest(
-        tensors={key: _record(tensor, inventory.slots[key].parameter) for key, tensor in tensors.items()},
-        aliases=aliases,
-        parametrized=tuple(_parametrized_record(tensor, registry) for tensor in inventory.parametrized),
-        modules=tuple(_module_records(inventory, registry)),
-        metadata=_checked_metadata(metadata or {}),
-        writer={"orthoserde": __version__, "torch": str(torch.__version__)},
-    )
-    sources = {key: LiveTensor(tensors[key].detach()) for key in manifest.tensors}
-    return Checkpoint(manifest, sources, type(_torch.unwrap(model)).__qualname__)
+        check_references(manifest, f"cannot save {type(_torch.unwrap(model)).__qualname__}")
+        sources = {key: LiveTensor(tensors[key].detach()) for key in manifest.tensors}
+        return Checkpoint(manifest, sources, type(_torch.unwrap(model)).__qualname__)
 
 
 def _unique_tensors(named: list[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -160,7 +166,7 @@ def weight_shape(tensor: ParametrizedTensor, registry: Registry) -> torch.Size |
 
 def _module_records(inventory: Inventory, registry: Registry) -> list[ModuleRecord]:
     records: list[ModuleRecord] = []
-    links = {id(link) for tensor in inventory.parametrized for link in tensor.parametrizations}
+    links = {id(_torch.unwrap(link)) for tensor in inventory.parametrized for link in tensor.parametrizations}
     for path, module in inventory.modules.items():
         codec = registry.for_type(_torch.class_before_parametrizations(module))
         if codec is not None and id(module) not in links:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-import orthoserde
+from orthoserde import api
+from orthoserde._version import __version__
 from orthoserde.describe import describe, describe_verification
+from orthoserde.errors import OrthoserdeError
 from orthoserde.reports import printable
 
 #: Exit codes: all is well; the file does not verify; wrong usage, or a file that cannot be read.
@@ -32,20 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "inspect":
-            manifest = orthoserde.inspect(arguments.file)
+            manifest = api.inspect(arguments.file)
             _write(sys.stdout, describe(manifest, arguments.file, os.path.getsize(arguments.file)))
             return OK
-        report = orthoserde.verify(arguments.file)
+        report = api.verify(arguments.file)
         _write(sys.stdout, describe_verification(report))
         return OK if report.ok else NOT_OK
-    except (orthoserde.OrthoserdeError, OSError) as error:
+    except (OrthoserdeError, OSError) as error:
         _write(sys.stderr, f"orthoserde: {printable(str(error))}")
         return UNREADABLE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="orthoserde", description="Look into checkpoints, without a model.")
-    parser.add_argument("--version", action="version", version=f"orthoserde {orthoserde.__version__}")
+    parser.add_argument("--version", action="version", version=f"orthoserde {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     what = "say what a file holds; only its header is read"
     commands.add_parser("inspect", help=what, description=what).add_argument("file", metavar="FILE")

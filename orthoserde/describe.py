@@ -173,13 +173,20 @@ def _plain(manifest: Manifest) -> list[str]:
     plain = {key: record for key, record in manifest.tensors.items() if key not in inside}
     computed = set(manifest.computed)
     rows = [_Row("plain tensors", "shape", "dtype", "bytes", "")]
-    for key, record in list(plain.items())[:SHOWN]:
+    ordered = sorted(plain, key=_natural)
+    for key in ordered[:SHOWN]:
+        record = plain[key]
         sort = "computed" if key in computed else _plain_sort(record) if manifest.has_configuration else ""
         rows.append(_Row(f"  {key}", _shape(record.shape), record.dtype, f"{record.nbytes:,}", sort))
     if len(plain) > SHOWN:
-        rest = sum(record.nbytes for record in list(plain.values())[SHOWN:])
+        rest = sum(plain[key].nbytes for key in ordered[SHOWN:])
         rows.append(_Row(f"  and {len(plain) - SHOWN:,} more", "", "", f"{rest:,}", ""))
     return _tensor_table(rows) if plain else []
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Orders ``layers.2`` before ``layers.10``."""
+    return [(len(part), part) if part.isdecimal() else (0, part) for part in key.split(".")]
 
 
 def _plain_sort(record: TensorRecord) -> str:

@@ -108,6 +108,15 @@ def to_json(value: object, depth: int = 0) -> JSON:
     raise ConfigError(f"a value of type {type(value).__name__!r} is not JSON")
 
 
+def same(left: JSON, right: JSON) -> bool:
+    """Whether two JSON values are equal; 2 and 2.0 are, 1 and true are not."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
 def _unique(pairs: list[tuple[str, JSON]]) -> JSON:
     found = dict(pairs)
     if len(found) != len(pairs):

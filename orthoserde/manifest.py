@@ -298,7 +298,7 @@ def decode_manifest(value: JSON, where: str) -> Manifest:
         writer=top.strings("writer"),
     )
     top.finish()
-    _check_references(manifest, where)
+    check_references(manifest, where)
     return manifest
 
 
@@ -333,7 +333,7 @@ def _decode_parametrized(fields: _Fields) -> ParametrizedRecord:
         dtype=None if fields.peek("dtype") is None else fields.string("dtype"),
         parameter=fields.boolean("parameter"),
         unsafe=fields.boolean("unsafe"),
-        originals=fields.encodings("originals"),
+        originals=_in_order(fields.encodings("originals")),
         chain=tuple(
             _decode_link(_Fields(item, fields.where, f"{fields.path}.chain[{i}]"))
             for i, item in enumerate(fields.sequence("chain"))
@@ -350,6 +350,11 @@ def _decode_parametrized(fields: _Fields) -> ParametrizedRecord:
     if not record.chain:
         raise fields.error("chain", "at least one parametrization", "none")
     return record
+
+
+def _in_order(originals: dict[str, str]) -> dict[str, str]:
+    """Originals by their number: the order of a JSON object means nothing, and as text "original10" comes early."""
+    return dict(sorted(originals.items(), key=lambda pair: (len(pair[0]), pair[0])))
 
 
 def _decode_link(fields: _Fields) -> ParametrizationRecord:
@@ -372,7 +377,16 @@ def _decode_module(fields: _Fields) -> ModuleRecord:
     return record
 
 
-def _check_references(manifest: Manifest, where: str) -> None:
+def check_references(manifest: Manifest, where: str) -> None:
+    """Hold the parts of a manifest to each other.
+
+    Args:
+        manifest: Any manifest.
+        where: The file or model, for messages.
+
+    Raises:
+        FileFormatError: A part names a tensor that is not there, or one that is something else as well.
+    """
     for key, kept in manifest.aliases.items():
         if kept not in manifest.tensors or key in manifest.tensors:
             raise FileFormatError(f"{where}: aliases[{key!r}]: expected the key of a stored tensor, got {kept!r}")

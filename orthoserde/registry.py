@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -67,6 +67,11 @@ class Codec(Protocol):
     def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size | None:
         """Shape of the computed tensor, given those of its inputs; None where only running it would tell."""
 
+    def check(
+        self, config: Mapping[str, JSON], originals: Mapping[str, Sequence[int]], roles: Mapping[str, Sequence[int]]
+    ) -> str | None:
+        """What is wrong with the shapes of its inputs and its own tensors in this configuration; None if nothing."""
+
     def residual(self, weight: Tensor) -> float | None:
         """Distance of a computed tensor from the constraint; None where there is no constraint to measure."""
 
@@ -111,10 +116,9 @@ class RegisteredClass:
         Raises:
             ConfigError: ``get_config`` returned something else than a JSON object.
         """
-        get_config = getattr(parametrization, "get_config", None)
-        if get_config is not None:
+        if _describes_itself(self.type):
             try:
-                config = json_values.to_json(get_config())
+                config = json_values.to_json(cast("Any", parametrization).get_config())
             except ConfigError as error:
                 raise ConfigError(f"{self.type.__qualname__}.get_config() must return JSON: {error}") from error
             if not isinstance(config, dict):
@@ -147,9 +151,10 @@ class RegisteredClass:
 
     def compute(self, config: Mapping[str, JSON], tensors: Mapping[str, Tensor]) -> Tensor:
         """Build the parametrization, put its tensors in place and run it on the originals."""
-        originals = {name: tensor for name, tensor in tensors.items() if name.startswith("original")}
-        built = self.build(config, next(iter(originals.values())))
+        first = next(iter(tensors.values()))
+        built = self.build(config, first)
         roles = own_tensors(built)
+        originals = {name: tensor for name, tensor in tensors.items() if name not in roles}
         with torch.no_grad():
             for role, tensor in tensors.items():
                 if role in roles:
@@ -158,6 +163,12 @@ class RegisteredClass:
 
     def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size | None:
         """Not known without running the user's code."""
+        return None
+
+    def check(
+        self, config: Mapping[str, JSON], originals: Mapping[str, Sequence[int]], roles: Mapping[str, Sequence[int]]
+    ) -> str | None:
+        """Nothing is known of the shapes that a user's class wants."""
         return None
 
     def residual(self, weight: Tensor) -> float | None:
@@ -197,11 +208,14 @@ class RegisteredClass:
                 "give it a static method upgrade(config, from_version)"
             )
         try:
-            return cast("dict[str, JSON]", json_values.to_json(upgrade(copy.deepcopy(config), from_version)))
+            upgraded = json_values.to_json(upgrade(copy.deepcopy(config), from_version))
         except Exception as error:  # whatever the user's upgrade raises: this configuration cannot be upgraded
             raise ConfigError(
                 f"{self.kind}: upgrade from version {from_version}: {type(error).__name__}: {error}"
             ) from error
+        if not isinstance(upgraded, dict):
+            raise ConfigError(f"{self.kind}: upgrade from version {from_version} must return a dict of JSON values")
+        return upgraded
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -209,7 +223,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = dict(_torch.own_parameters(module))
     found |= {name: buffer for name, buffer in _torch.own_buffers(module).items() if buffer is not None}
     for name, child in _torch.child_modules(module).items():
-        found |= {f"{name}.{role}": tensor for role, tensor in own_tensors(child).items()}
+        found |= {f"{name}.{role}": tensor for role, tensor in own_tensors(_torch.unwrap(child)).items()}
     return found
 
 
@@ -252,7 +266,7 @@ class Registry:
 
         def decorate(cls: ModuleClass) -> ModuleClass:
             self.add(RegisteredClass(cls, kind, version))
-            if not hasattr(cls, "get_config"):
+            if not _describes_itself(cls):
                 _capture_arguments(cls)
             return cls
 
@@ -319,6 +333,16 @@ def _check_kind(kind: object) -> None:
 
 def _identity(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _describes_itself(cls: type[nn.Module]) -> bool:
+    """Whether ``get_config`` speaks for this class: one that is inherited past a newer ``__init__`` knows less."""
+    for base in cls.__mro__:
+        if "get_config" in vars(base):
+            return True
+        if "__init__" in vars(base) and getattr(vars(base)["__init__"], _WRAPPED, base) is base:
+            return False
+    return False
 
 
 def _capture_arguments(cls: type[nn.Module]) -> None:

@@ -157,7 +157,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong in what could be checked; :attr:`digests` and :attr:`not_measured` say what was not."""
+        """Whether nothing is wrong in what was checked; :attr:`digests` and :attr:`not_measured` say what was not."""
         return not (self.damaged or self.off_constraint or self.misfits)
 
     @property
@@ -175,9 +175,7 @@ class VerifyReport:
             return "no computed tensor with a constraint could be measured"
         largest = max(measured, key=lambda residual: (math.isnan(residual), residual))
         on = len(measured) - len(self.off_constraint)
-        return (
-            f"{on} of {len(measured)} measured tensors are on their constraint, the largest residual is {largest:.2g}"
-        )
+        return f"{on} of {len(measured)} measured tensors are on their constraint, largest residual {largest:.2g}"
 
     def __str__(self) -> str:
         lines = [f"verified {printable(self.path)}: {'ok' if self.ok else 'NOT OK'}", f"  {self.integrity}"]

@@ -100,6 +100,26 @@ def may_overlap(tensor: Tensor) -> bool:
     return False
 
 
+def span(tensor: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte of a tensor in memory; it is strided and has elements."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors have in common only if they lie in the same allocation; 0 for those without memory."""
+    has_memory = tensor.device.type != "meta" and tensor.layout is torch.strided
+    return tensor.untyped_storage().data_ptr() if has_memory else 0
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors reach over common memory, even if they have no element in common."""
+    if one.device != other.device or one.device.type == "meta" or not one.numel() or not other.numel():
+        return False
+    (start, stop), (first, last) = span(one), span(other)
+    return start < last and first < stop
+
+
 def empty_like_recorded(
     shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:

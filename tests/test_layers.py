@@ -20,19 +20,24 @@ FLOORS = {
     "checkpoint": 0,
     "reports": 0,
     "completion": 1,
+    "describe": 1,
     "registry": 1,
     "storage": 1,
     "parametrizations": 2,
     "walk": 2,
     "evaluate": 2,
+    "audit": 3,
     "capture": 3,
     "restore": 3,
     "api": 4,
     "__init__": 5,
+    "cli": 6,
+    "__main__": 6,
 }
 
 #: Arrows between rooms on one floor; each points one way.
 SIDEWAYS = {
+    ("_torch", "errors"),
     ("json_values", "errors"),
     ("manifest", "errors"),
     ("manifest", "json_values"),
@@ -41,6 +46,7 @@ SIDEWAYS = {
     ("checkpoint", "tensor_bytes"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),
+    ("__main__", "cli"),
 }
 
 

@@ -21,6 +21,8 @@ SIGNATURES = {
     "load": (
         "(model, path, *, strict=True, legacy='inference', reparametrize=True, device=None, verify=True, registry=None)"
     ),
+    "inspect": "(path)",
+    "verify": "(path, *, registry=None)",
     "register": "(kind, version=1)",
     "parametrized_tensors": "(model)",
 }
@@ -45,11 +47,13 @@ VALUES = {
     "Fidelity",
     "LegacyCheckpointWarning",
     "LoadReport",
+    "Manifest",
     "ParametrizedTensor",
     "Problem",
     "Registry",
     "SaveReport",
     "TensorReport",
+    "VerifyReport",
     "__version__",
     "default_registry",
 }
@@ -87,7 +91,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(orthoserde, name))
 
 
-@pytest.mark.parametrize("function", ["save", "load"])
+@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify"])
 def test_a_docstring_names_every_argument(function: str) -> None:
     text = inspect.getdoc(getattr(orthoserde, function)) or ""
     for parameter in inspect.signature(getattr(orthoserde, function)).parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import cast
 
@@ -20,6 +20,7 @@ from orthoserde.registry import own_tensors
 # Q^T Q - I is at most 404 and the root of its mean square at most 18. A weight that went through bfloat16 has a mean of
 # 20000 / sqrt(n), one that went through float16 2500 / sqrt(n): the mean tells them from rounding up to n = 7000 for
 # float16 and far beyond for bfloat16, where the largest entry, or torch's own 10 n eps, does not.
+CONFIG = frozenset({"orthogonal_map", "shape", "use_trivialization"})
 LARGEST_ROUNDING = 1000.0
 MEAN_ROUNDING = 30.0
 
@@ -54,7 +55,7 @@ class OrthogonalCodec:
         """
         orthogonal_map = _torch.ORTHOGONAL_MAPS.get(str(config.get("orthogonal_map")))
         trivialized = config.get("use_trivialization")
-        if orthogonal_map is None or not isinstance(trivialized, bool) or like is None:
+        if set(config) != CONFIG or orthogonal_map is None or not isinstance(trivialized, bool) or like is None:
             raise ConfigError(f"{self.kind}: not a configuration of this torch: {dict(config)}")
         if config.get("shape") != list(like.shape):
             raise ConfigError(
@@ -62,7 +63,7 @@ class OrthogonalCodec:
             )
         try:
             return self.type(like.detach().to("meta"), orthogonal_map, use_trivialization=trivialized)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{self.kind}: {error}") from error
 
     def tensors(self, parametrization: nn.Module) -> dict[str, Tensor]:
@@ -82,6 +83,21 @@ class OrthogonalCodec:
     def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size | None:
         """That of ``original``."""
         return originals["original"]
+
+    def check(
+        self, config: Mapping[str, JSON], originals: Mapping[str, Sequence[int]], roles: Mapping[str, Sequence[int]]
+    ) -> str | None:
+        """One original of two dimensions or more, as configured, and a square base for its longer side, if any."""
+        shape = list(originals.get("original", ()))
+        if set(originals) != {"original"} or len(shape) < 2 or config.get("shape") != shape:
+            return f"expected one original of the shape {config.get('shape')}, got {dict(originals)}"
+        side = max(shape[-2:])
+        base = list(roles.get("base", [*shape[:-2], side, side]))
+        if not set(roles) <= {"base"} or base != [*shape[:-2], side, side]:
+            return f"expected a base of the shape {[*shape[:-2], side, side]}, got {dict(roles)}"
+        if "base" in roles and config.get("use_trivialization") is not True:
+            return "a base without trivialization"
+        return None
 
     def residual(self, weight: Tensor) -> float | None:
         """``max |Q^H Q - I|`` in double precision, Q the weight with its longer side first; 0 for an empty one."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,6 +13,12 @@ from orthoserde import _torch
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.registry import own_tensors
+
+#: More power iterations than anybody wants; a file that asks for more would only make training hang.
+MOST_ITERATIONS = 1_000_000
+
+#: How far from 1 rounding may take the largest singular value of a float32 weight: 100 eps.
+SIGMA_ROUNDING = 100 * torch.finfo(torch.float32).eps
 
 
 class SpectralNormCodec:
@@ -55,7 +62,7 @@ class SpectralNormCodec:
             raise ConfigError(f"{self.kind}: not a configuration of this torch: {dict(config)}")
         try:
             built = self.type(like.detach().to("meta"), 1 if exact else iterations, dim, float(eps))
-        except (IndexError, ValueError) as error:
+        except (IndexError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigError(f"{self.kind}: {error}") from error
         return built
 
@@ -78,17 +85,45 @@ class SpectralNormCodec:
         """That of ``original``."""
         return originals["original"]
 
+    def check(
+        self, config: Mapping[str, JSON], originals: Mapping[str, Sequence[int]], roles: Mapping[str, Sequence[int]]
+    ) -> str | None:
+        """One original, and vectors as long as its ``dim`` and the rest of it."""
+        shape, dim, eps = list(originals.get("original", ())), config.get("dim"), config.get("eps")
+        iterations = config.get("n_power_iterations")
+        if set(originals) != {"original"} or set(config) != {"dim", "eps", "n_power_iterations"}:
+            return f"expected one original, dim, eps and n_power_iterations, got {sorted(originals)}, {sorted(config)}"
+        if type(dim) is not int or not 0 <= dim < len(shape):
+            return f"dim {dim} is not one of a tensor of the shape {shape}"
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or eps < 0:
+            return f"expected an eps from 0, got {eps}"
+        if len(shape) == 1:
+            return None if not roles and iterations is None else "a vector has no power method"
+        if type(iterations) is not int or not 0 < iterations <= MOST_ITERATIONS:
+            return f"expected from 1 to {MOST_ITERATIONS} power iterations, got {iterations}"
+        lengths = {"_u": [shape[dim]], "_v": [math.prod(shape[:dim] + shape[dim + 1 :])]}
+        if {role: list(size) for role, size in roles.items()} != lengths:
+            return f"expected vectors of the shapes {lengths}, got {dict(roles)}"
+        return None
+
     def residual(self, weight: Tensor) -> float | None:
         """The norm is an estimate that training refines: there is no distance to hold it to."""
         return None
 
     def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
         """Whether the largest singular value is at least 1, as dividing by an estimate from below makes it."""
-        return self._top(weight, config)[1] >= 1 - 100 * torch.finfo(torch.float32).eps
+        return self._top(weight, config)[1] >= 1 - SIGMA_ROUNDING
 
     def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
-        """The weight divided by its largest singular value."""
-        return weight / self._top(weight, config)[1]
+        """The weight divided by its largest singular value, in double precision; a zero weight has no projection.
+
+        Raises:
+            ConfigError: The weight is zero.
+        """
+        sigma = self._top(weight, config)[1]
+        if sigma == 0:
+            raise ConfigError(f"{self.kind}: a zero weight cannot be normalised")
+        return (weight.to(torch.complex128 if weight.is_complex() else torch.float64) / sigma).to(weight.dtype)
 
     def recovers(self, config: Mapping[str, JSON]) -> bool:
         """Always."""
@@ -108,14 +143,15 @@ class SpectralNormCodec:
         left, sigma, right = self._top(weight, config)
         if not self.admits(weight, config):
             raise ConfigError(f"{self.kind}: the weight's largest singular value is {sigma:.6g}, not 1 or above")
-        # W v = sigma left: turning u away from `left` by the angle whose cosine is 1 / sigma gives u^H W v = 1.
+        # W v = sigma u for the leading vectors: turning one of them away by the angle whose cosine is 1 / sigma gives
+        # u^H W v = 1. A vector of one entry cannot be turned.
         cosine = min(1.0, 1.0 / sigma)
-        away = torch.zeros_like(left)
-        away[int(left.abs().argmin())] = 1.0
-        away = away - torch.vdot(left, away) * left
-        length = float(torch.linalg.vector_norm(away))
-        if length > 0:
-            left = cosine * left + (max(0.0, 1.0 - cosine * cosine) ** 0.5 / length) * away
+        if len(left) > 1:
+            left = _turned(left, cosine)
+        elif len(right) > 1:
+            right = _turned(right, cosine)
+        elif sigma > 1 + SIGMA_ROUNDING:
+            raise ConfigError(f"{self.kind}: a single number of magnitude {sigma:.6g} is not normalised")
         return {"original": weight, "_u": left.to(weight.dtype), "_v": right.to(weight.dtype)}
 
     def _top(self, weight: Tensor, config: Mapping[str, JSON]) -> tuple[Tensor, float, Tensor]:
@@ -130,3 +166,13 @@ class SpectralNormCodec:
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """There is one version."""
         raise ConfigError(f"{self.kind}: no version {from_version} is known")
+
+
+def _turned(vector: Tensor, cosine: float) -> Tensor:
+    """A unit vector at an angle of this cosine to another one of two entries or more."""
+    away = torch.zeros_like(vector)
+    away[int(vector.abs().argmin())] = 1.0
+    away = away - torch.vdot(vector, away) * vector
+    away = away / torch.linalg.vector_norm(away)
+    turned: Tensor = cosine * vector + max(0.0, 1.0 - cosine * cosine) ** 0.5 * away
+    return turned

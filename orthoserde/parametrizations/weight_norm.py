@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -56,6 +56,21 @@ class WeightNormCodec:
         """That of ``original1``, the direction; None where it does not come first, which torch cannot evaluate."""
         return originals.get("original1")
 
+    def check(
+        self, config: Mapping[str, JSON], originals: Mapping[str, Sequence[int]], roles: Mapping[str, Sequence[int]]
+    ) -> str | None:
+        """A magnitude and a direction: of size 1 in every dimension but ``dim``, or a scalar for -1."""
+        dim = config.get("dim")
+        if set(originals) != {"original0", "original1"} or roles or type(dim) is not int:
+            return f"expected original0, original1 and an integer dim, got {sorted(originals)} and {dim}"
+        direction = list(originals["original1"])
+        if not -1 <= dim < len(direction):
+            return f"dim {dim} is not one of a tensor of the shape {direction}"
+        magnitude = [size if i == dim else 1 for i, size in enumerate(direction)] if dim >= 0 else []
+        if list(originals["original0"]) != magnitude:
+            return f"expected a magnitude of the shape {magnitude}, got {list(originals['original0'])}"
+        return None
+
     def residual(self, weight: Tensor) -> float | None:
         """Every weight is the norm and direction of itself: there is no constraint."""
         return None
@@ -79,7 +94,9 @@ class WeightNormCodec:
         """
         with torch.no_grad():
             norm = torch.norm_except_dim(weight, 2, int(cast("int", config["dim"])))
-        return {"original0": norm, "original1": weight}
+            # A direction of norm 0 is none: any other does, because its magnitude is 0.
+            direction = torch.where(norm == 0, torch.ones_like(weight), weight)
+        return {"original0": norm, "original1": direction}
 
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """There is one version."""

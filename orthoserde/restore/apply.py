@@ -24,14 +24,10 @@ def apply(checkpoint: Checkpoint, plan: Plan) -> None:
         LoadInterruptedError: Reading failed, or was interrupted, while existing tensors were being overwritten.
     """
     made = [(make, _made(checkpoint, make)) for make in plan.makes]
-    for write in plan.writes:
-        if write.fresh:
-            _fill(checkpoint, write.stored, write.target)
     _change_structure(plan, made)
     try:
         for write in plan.writes:
-            if not write.fresh:
-                _fill(checkpoint, write.stored, write.target)
+            _fill(checkpoint, write.stored, write.target)
     except BaseException as error:
         raise LoadInterruptedError(
             f"{checkpoint.origin}: loading stopped half-way ({type(error).__name__}): the model is partly written; "

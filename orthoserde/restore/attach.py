@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -28,26 +29,28 @@ class Attachment:
         module: The bare module.
         bare: Its plain tensor.
         links: The parametrizations, in order.
-        originals: Unconstrained tensors that torch will make new parameters of; empty where ``bare`` itself becomes the
-            original and keeps its identity.
+        frozen: Names of originals that required no gradient when they were saved.
+        originals: New unconstrained tensors; empty where ``bare`` becomes the original as it is.
     """
 
     record: ParametrizedRecord
     module: nn.Module
     bare: Tensor
     links: tuple[nn.Module, ...]
+    frozen: frozenset[str]
     originals: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def keeps_parameter(self) -> bool:
         """Whether the plain tensor keeps its identity, so that an optimizer built before goes on with it."""
-        return len(self.record.originals) == 1
+        return set(self.record.originals) == {"original"}
 
     def attach(self) -> Callable[[], None]:
         """Attach the parametrizations; return what undoes it."""
-        undo = _snapshot(self.module)
+        undo = _snapshot(self.module, self.bare)
+        originals = [self.originals[name] for name in self.record.originals] if self.originals else []
         try:
-            holder = nn.Identity() if not self.originals else _Given(tuple(self.originals.values()))
+            holder = _Given(originals, single=self.keeps_parameter) if originals else nn.Identity()
             name = self.record.tensor_name
             # A tensor made in inference mode can only be handled there; others must not become such.
             with torch.inference_mode(self.bare.is_inference()):
@@ -57,6 +60,9 @@ class Attachment:
             for link in self.links[1:]:
                 parametrized.append(link)
             parametrized.unsafe = self.record.unsafe
+            if not self.keeps_parameter:
+                for frozen in self.frozen:
+                    _torch.own_parameters(parametrized).get(frozen, self.bare.detach()).requires_grad_(False)
             parametrized.train(self.module.training)
             cast("nn.ModuleDict", self.module.parametrizations).training = self.module.training
         except BaseException:
@@ -68,25 +74,29 @@ class Attachment:
 class _Given(nn.Module):
     """Stands in while torch registers a parametrization, and hands it the originals instead of computing them."""
 
-    def __init__(self, originals: tuple[Tensor, ...]) -> None:
+    def __init__(self, originals: list[Tensor], *, single: bool) -> None:
         super().__init__()
         self._originals = originals
+        self._single = single
 
     def forward(self, *originals: Tensor) -> Tensor:
         return originals[0]
 
     def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self._originals[0] if len(self._originals) == 1 else self._originals
+        return self._originals[0] if self._single else tuple(self._originals)
 
 
-def _snapshot(module: nn.Module) -> Callable[[], None]:
+def _snapshot(module: nn.Module, bare: Tensor) -> Callable[[], None]:
     """Remember what registering a parametrization changes on a module; the result puts it back."""
     cls = type(module)
     restore_tables = _torch.remember_tables(module)
+    memory = bare.detach()
 
     def undo() -> None:
         module.__class__ = cls
         restore_tables()
+        with torch.no_grad(), torch.inference_mode(bare.is_inference()):
+            bare.set_(memory)  # type: ignore[call-overload]
 
     return undo
 
@@ -115,6 +125,8 @@ def build_links(
         return [Problem(record.name, "mismatch", text)]
     first = stored[record.original_key(next(iter(record.originals)))]
     device = device if bare.device.type == "meta" else bare.device
+    if math.prod(size for size in first.shape if size) >= 2**63:
+        return [Problem(record.name, "mismatch", "a shape in the file is too large")]
     like = _shaped_like(first.shape, DTYPES[first.dtype], device)
     links: list[nn.Module] = []
     problems: list[Problem] = []

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import DamagedFileError
 from orthoserde.reports import shorten
 from orthoserde.restore.plan import Plan, Write
-from orthoserde.tensor_bytes import digest_of, iter_bytes
+from orthoserde.tensor_bytes import digest_of, iter_bytes, span
 from orthoserde.walk import identity
 
 
@@ -40,7 +39,7 @@ def check_ties(checkpoint: Checkpoint, plan: Plan) -> None:
         digests = {_digest(checkpoint, key) for key in tie.stored}
         if len(digests) > 1:
             plan.mismatch(tie.key, f"one tensor in the model, different ones in the file: {shorten(tie.stored)}")
-    for cluster in _overlapping([write for write in plan.writes if not write.fresh]):
+    for cluster in _overlapping(plan.writes):
         if not _agree(checkpoint, cluster):
             names = shorten([write.key for write in cluster])
             plan.mismatch(cluster[0].key, f"shares memory in the model with tensors that differ in the file: {names}")
@@ -50,16 +49,10 @@ def _digest(checkpoint: Checkpoint, key: str) -> str:
     return checkpoint.manifest.tensors[key].digest or digest_of(checkpoint.sources[key].blocks())
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte of a tensor in memory."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
-
-
 def _overlapping(writes: list[Write]) -> Iterator[list[Write]]:
     """Groups of writes whose spans of memory overlap, two or more in each."""
     spans = [
-        (str(write.target.device), *_span(write.target), write)
+        (str(write.target.device), *span(write.target), write)
         for write in writes
         if write.target.numel() and write.target.data_ptr()
     ]
@@ -81,7 +74,7 @@ def _agree(checkpoint: Checkpoint, cluster: list[Write]) -> bool:
     """Whether writing all of them, in scratch memory that is shared the same way, leaves each with its own values."""
     if len({identity(write.target) for write in cluster}) == 1:
         return len({_digest(checkpoint, write.stored) for write in cluster}) == 1
-    spans = [_span(write.target) for write in cluster]
+    spans = [span(write.target) for write in cluster]
     base = min(start for start, _ in spans) // 16 * 16
     scratch = torch.empty(math.ceil((max(stop for _, stop in spans) - base) / 16) * 16, dtype=torch.uint8, device="cpu")
     views = [

@@ -9,7 +9,7 @@ from torch import nn
 
 from orthoserde import _torch
 from orthoserde.errors import ConfigError, Problem
-from orthoserde.json_values import JSON
+from orthoserde.json_values import JSON, same
 from orthoserde.manifest import OPAQUE, ModuleRecord, ParametrizationRecord, ParametrizedRecord
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Codec, Registry
@@ -98,7 +98,7 @@ def _compare_config(
             where, "mismatch", f"{kind}: {name} is {theirs.get(name)!r} in the file, {ours.get(name)!r} in the model"
         )
         for name in sorted(theirs.keys() | ours.keys())
-        if name not in theirs or name not in ours or theirs[name] != ours[name]
+        if name not in theirs or name not in ours or not same(theirs[name], ours[name])
     )
     return Verdict(problems, Fidelity.EXACT)
 

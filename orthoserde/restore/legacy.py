@@ -20,6 +20,7 @@ from orthoserde.evaluate import codecs_of
 from orthoserde.json_values import JSON
 from orthoserde.manifest import TensorRecord, join
 from orthoserde.registry import Codec, Registry
+from orthoserde.restore.names import parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 
@@ -57,10 +58,11 @@ class ComputedWeight:
     def weight(self) -> Tensor:
         """The weight, on the CPU, in the file's precision."""
         weight = torch.empty(self.record.shape, dtype=DTYPES[self.record.dtype], device="cpu")
+        # float8 and half precision hardly compute on the CPU; all of their values are float32's too.
         digest = self.source.fill(weight)
         if self.record.digest not in (None, digest):
             raise DamagedFileError(f"{self.key}: it changed while it was read")
-        return weight
+        return weight.to(torch.float32) if weight.is_floating_point() and weight.element_size() < 4 else weight
 
     def take(self, role: str) -> Tensor:
         """One tensor of the state; it is worked out for all roles at once, and each is handed out and forgotten."""
@@ -82,6 +84,14 @@ class ComputedWeight:
         residual = self.codec.residual(weight)
         distance = "" if residual is None else f" by {residual:.3g}"
         if legacy == "project":
+            try:
+                projected = self.codec.project(weight, self.config)
+            except ConfigError as error:
+                return Problem(self.name, "mismatch", str(error))
+            if not self.codec.admits(projected, self.config):
+                return Problem(
+                    self.name, "mismatch", f"its computed weight is off the constraint{distance}, beyond repair"
+                )
             self.projected = True
             self.action = f"{self.action}, which was off the constraint{distance} and was projected onto it"
             return None
@@ -137,17 +147,16 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
     manifest = checkpoint.manifest
     recorded: set[str] = set()
     for stored in manifest.parametrized:
-        recorded.update(_names(stored.module, stored.aliases, stored.tensor_name))
-    present = _prefixes(checkpoint)
+        recorded.update(tensor_names(stored.module, stored.aliases, stored.tensor_name))
+    present = parts_by_prefix([*manifest.tensors, *manifest.aliases]).keys()
     tensors, aliases = dict(manifest.tensors), dict(manifest.aliases)
     sources = dict(checkpoint.sources)
     weights: dict[str, ComputedWeight] = {}
     problems: list[Problem] = []
     for tensor in inventory.parametrized:
-        names = _names(tensor.module_path, tensor.aliases, tensor.tensor_name)
+        names = tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)
         keys = [name for name in names if name in manifest and name not in inventory.slots]
-        prefixes = _names(tensor.module_path, tensor.aliases, f"parametrizations.{tensor.tensor_name}")
-        if not keys or recorded.intersection(names) or present.intersection(prefixes):
+        if not keys or recorded.intersection(names) or not present.isdisjoint(prefixes_of(tensor)):
             continue
         found = _computed_weight(checkpoint, tensor, keys[0], registry, legacy)
         if isinstance(found, Problem):
@@ -169,19 +178,6 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
             sources.setdefault(alias, checkpoint.sources[kept])
     completed = dataclasses.replace(manifest, tensors=tensors, aliases=aliases)
     return Completed(dataclasses.replace(checkpoint, manifest=completed, sources=sources), weights, tuple(problems))
-
-
-def _names(path: str, aliases: tuple[str, ...], name: str) -> list[str]:
-    return [join(each, name) for each in (path, *aliases)]
-
-
-def _prefixes(checkpoint: Checkpoint) -> set[str]:
-    """Every ``path.parametrizations.name`` of which the file has a part."""
-    found: set[str] = set()
-    for key in [*checkpoint.manifest.tensors, *checkpoint.manifest.aliases]:
-        parts = key.split(".")
-        found |= {".".join(parts[: i + 2]) for i in range(len(parts) - 2) if parts[i] == "parametrizations"}
-    return found
 
 
 def _computed_weight(

@@ -21,13 +21,11 @@ class Write:
         key: Key in the model.
         stored: Key in the file.
         target: The tensor to overwrite.
-        fresh: Whether the target is not yet part of the model, so that writing it changes nothing.
     """
 
     key: str
     stored: str
     target: Tensor
-    fresh: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from orthoserde import _torch
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
+from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
 from orthoserde.reports import RESTORED, Fidelity, shorten
 from orthoserde.restore.attach import Attachment, build_links
 from orthoserde.restore.compare import compare_chain, compare_module
+from orthoserde.restore.names import local_names, parts_by_prefix, prefixes_in, prefixes_of
 from orthoserde.restore.plan import Make, Outcome, Plan, Tie, Write
-from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap
+from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap, overlap, storage_of
 from orthoserde.walk import Inventory, ParametrizedTensor, Slot, identity, take_inventory
 
 
@@ -76,10 +78,13 @@ class _Planner:
         self.transient: dict[str, Tensor] = {}
         self.slots: dict[str, Slot] = {}
         self.paths: dict[int, list[str]] = {}
-        self.file_parts = _parts_by_prefix([*manifest.tensors, *manifest.aliases])
-        self.model_parts = _parts_by_prefix(inventory.slots)
+        self.file_parts = parts_by_prefix([*manifest.tensors, *manifest.aliases])
+        self.model_parts = parts_by_prefix(inventory.slots)
         self.owners: dict[str, Owner] = {}
         self.fresh: set[int] = set()
+        self.attached: dict[tuple[int, str], str] = {}
+        self.made: set[str] = set()
+        self.memory: dict[int, list[Tensor]] = {}
         self.swaps: list[tuple[str, Tensor]] = []
         #: Keys that need no further word: a step has matched them, or said what is wrong with them.
         self.settled: set[str] = set(manifest.computed)
@@ -132,8 +137,14 @@ class _Planner:
         verdict = compare_chain(record, tensor, self.registry)
         self.plan.problems += verdict.problems
         self._own_live(tensor, verdict.fidelity, RESTORED)
-        if verdict.problems:
-            self._settle(_prefixes(tensor))
+        # Where the model has a tensor, that says which shape fits; where it has None, only the file and its codec do.
+        parts = [self.slots[key] for prefix in prefixes_of(tensor) for key in self.model_parts.get(prefix, ())]
+        blind = any(slot.tensor is None for slot in parts)
+        problem = self._check_parts(record) if blind and not verdict.problems else None
+        if problem is not None:
+            self.plan.mismatch(tensor.name, problem)
+        if verdict.problems or problem is not None:
+            self._settle(prefixes_of(tensor))
 
     def _match_bare(self, record: ParametrizedRecord, module: nn.Module, reparametrize: bool) -> None:
         name = record.tensor_name
@@ -142,6 +153,11 @@ class _Planner:
             return  # the model has no such tensor: its keys are unexpected
         paths = self.paths[id(module)]
         plain_keys = [join(path, name) for path in paths]
+        other = self.attached.setdefault((id(module), name), record.name)
+        if other != record.name:
+            self.plan.mismatch(record.name, f"separate from {other} in the file, the same module in the model")
+            self._settle([join(record.module, "parametrizations", name)])
+            return
         if not reparametrize:
             kinds = ", then ".join(link.class_name or link.kind for link in record.chain)
             self.plan.mismatch(
@@ -155,7 +171,11 @@ class _Planner:
             self.plan.problems += links if isinstance(links, list) else []
             self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
             return
-        attachment = Attachment(record, module, bare, links)
+        problem = self._check_parts(record)
+        if problem is not None:
+            self.plan.mismatch(record.name, problem)
+        frozen = {each for each in record.originals if not self._stored(record.original_key(each)).requires_grad}
+        attachment = Attachment(record, module, bare, links, frozenset(frozen))
         self.plan.attachments.append(attachment)
         first = self._stored(record.original_key(next(iter(record.originals))))
         outcome = Outcome(record.name, module, name, Fidelity.EXACT, "parametrization attached")
@@ -170,8 +190,13 @@ class _Planner:
             key = record.original_key("original")
             self.slots[key] = Slot(key, module, name, bare, isinstance(bare, nn.Parameter))
         else:
+            if self._shares_memory(bare):
+                text = "other tensors of the model lie in its memory, so it cannot be replaced by new ones"
+                self.plan.mismatch(record.name, f"{text}; parametrize it before loading")
             for original in record.originals:
                 self._make_original(attachment, original, self.owners[prefix])
+        if record.parameter != isinstance(bare, nn.Parameter):
+            self._note_sort(record.name, record.parameter, outcome)
         if not attachment.keeps_parameter:
             outcome.action += ", as new parameters"
             self.plan.notes.append(f"{record.name}: its parameters are new; build the optimizer after the load")
@@ -195,10 +220,44 @@ class _Planner:
         if dtype is not None:
             self.plan.makes.append(Make(key, self.manifest.kept_key(key), dtype, self._place_for(owner), place))
         self.settled.add(key)
+        self.made.add(key)
+
+    def _shares_memory(self, bare: Tensor) -> bool:
+        """Whether another tensor of the model lies in the memory of this one."""
+        if not self.memory:
+            for slot in self.slots.values():
+                if slot.tensor is not None:
+                    self.memory.setdefault(storage_of(slot.tensor), []).append(slot.tensor)
+        others = self.memory.get(storage_of(bare), [])
+        return any(other is not bare and overlap(bare, other) for other in others)
+
+    def _check_parts(self, record: ParametrizedRecord) -> str | None:
+        """What is wrong with the shapes of a parametrized tensor in the file, as far as its codecs can say."""
+        shapes = {name: self._stored(record.original_key(name)).shape for name in record.originals}
+        for i, link in enumerate(record.chain):
+            codec = codec_for_kind(self.registry, link.kind)
+            roles = {role: self._stored(record.link_key(i, role)).shape for role in link.tensors}
+            if codec is None or link.config is None:
+                return None
+            problem = codec.check(link.config, shapes, roles)
+            if problem is not None:
+                return f"{link.kind}: {problem}; the file contradicts itself"
+            shape = codec.shape({name: torch.Size(size) for name, size in shapes.items()})
+            if shape is None:
+                return None
+            shapes = {"original": tuple(shape)}
+        return None
+
+    def _note_sort(self, name: str, parameter: bool, outcome: Outcome | None) -> None:
+        sorts = ("a parameter", "a buffer") if parameter else ("a buffer", "a parameter")
+        self.plan.notes.append(f"{name}: {sorts[0]} in the file, {sorts[1]} in the model")
+        self.plan.lower(Fidelity.UNVERIFIED)
+        if outcome is not None:
+            outcome.fidelity = min(outcome.fidelity, Fidelity.UNVERIFIED)
 
     def _match_unrecorded(self, tensor: ParametrizedTensor) -> None:
         """A tensor that is parametrized in the model, and of whose parametrization the file says nothing."""
-        prefixes = _prefixes(tensor)
+        prefixes = prefixes_of(tensor)
         plain = [join(path, tensor.tensor_name) for path in (tensor.module_path, *tensor.aliases)]
         if any(prefix in self.file_parts for prefix in prefixes):
             if self.manifest.has_configuration:
@@ -214,18 +273,18 @@ class _Planner:
         self.plan.outcomes.append(outcome)
         first = next(iter(tensor.originals.values()), None)
         if first is not None:
-            key = join(_prefixes(tensor)[0], next(iter(tensor.originals)))
+            key = join(prefixes_of(tensor)[0], next(iter(tensor.originals)))
             stored = self._stored(key).dtype if key in self.manifest else None
-            for prefix in _prefixes(tensor):
+            for prefix in prefixes_of(tensor):
                 self.owners[prefix] = Owner(outcome, first.device, first.dtype, stored)
 
     def match_wholes(self) -> None:
         """Refuse half of a parametrized tensor, however lenient the load: its parts belong together."""
         covered = {id(slot.tensor) for slot in self.slots.values() if slot.key in self.manifest}
         for tensor in self.live.values():
-            prefixes = _prefixes(tensor)
-            theirs = _local(self.file_parts, prefixes)
-            ours = {part: self.slots[key].tensor for part, key in _local(self.model_parts, prefixes).items()}
+            prefixes = prefixes_of(tensor)
+            theirs = local_names(self.file_parts, prefixes)
+            ours = {part: self.slots[key].tensor for part, key in local_names(self.model_parts, prefixes).items()}
             required = {part for part, value in ours.items() if value is not None}
             # A part may also come in under the name of a tensor that it is tied to.
             present = {part for part in required if id(ours[part]) in covered}
@@ -269,8 +328,12 @@ class _Planner:
             found = [slot for slot in open_slots if slot.key in self.manifest]
             if found:
                 self._match_tensor(found, slots)
-            elif slots[0].tensor is not None:
+            elif slots[0].tensor is not None or self._wants(slots[0]):
                 self.plan.missing += [slot.key for slot in open_slots if slot.key not in left_out]
+
+    def _wants(self, slot: Slot) -> bool:
+        """Whether a buffer is None that should not be: no configuration says that it was None when it was saved."""
+        return not self.manifest.has_configuration and self._owner_of(slot.key) is not None
 
     def _match_tensor(self, found: list[Slot], slots: list[Slot]) -> None:
         slot, tensor = found[0], found[0].tensor
@@ -282,34 +345,29 @@ class _Planner:
         if len(stored) > 1:
             self.plan.ties.append(Tie(slot.key, tuple(stored)))
         record = self._stored(slot.key)
-        if tensor is None:
-            assert owner is not None
+        if tensor is not None and record.shape != tuple(tensor.shape):
+            text = f"shape {list(record.shape)} in the file, {list(tensor.shape)} in the model"
+            self.plan.mismatch(slot.key, text)
+            return
+        if self.manifest.has_configuration and tensor is not None and record.parameter != slot.parameter:
+            self._note_sort(slot.key, record.parameter, None if owner is None else owner.outcome)
+        fresh = id(slot.module) in self.fresh
+        if owner is not None and (tensor is None or fresh):
             dtype = self._target_dtype(slot.key, owner)
-            device = self._place_for(owner)
         else:
-            if record.shape != tuple(tensor.shape):
-                text = f"shape {list(record.shape)} in the file, {list(tensor.shape)} in the model"
-                self.plan.mismatch(slot.key, text)
-                return
-            dtype = self._checked_dtype(slot.key, tensor.dtype, owner)
-            device = tensor.device if owner is None or tensor.device.type != "meta" else self._place_for(owner)
+            dtype = None if tensor is None else self._checked_dtype(slot.key, tensor.dtype, owner)
         if dtype is None:
             return
-        if tensor is not None and tensor.device.type != "meta":
-            fresh = id(slot.module) in self.fresh
+        if tensor is not None and not fresh and tensor.device.type != "meta":
             if may_overlap(tensor):
                 self.plan.mismatch(slot.key, "its elements share memory (an expanded tensor), so it cannot be written")
-            self.plan.writes.append(Write(slot.key, stored[0], tensor, fresh))
+            self.plan.writes.append(Write(slot.key, stored[0], tensor))
             return
-        if device.type == "meta":
-            device = self.device
-        self._plan_make(Make(slot.key, stored[0], dtype, device, _Place(tuple(slots))), slots)
-
-    def _plan_make(self, make: Make, slots: list[Slot]) -> None:
-        tensor = slots[0].tensor
-        if isinstance(tensor, nn.Parameter):
-            self.swaps.append((make.key, tensor))
-        self.plan.makes.append(make)
+        device = self.device if owner is None else self._place_for(owner)
+        place = _Place(tuple(slots), record.requires_grad if fresh else None)
+        self.plan.makes.append(Make(slot.key, stored[0], dtype, device, place))
+        if isinstance(tensor, nn.Parameter) and not fresh:
+            self.swaps.append((slot.key, tensor))
 
     def check_swaps(self) -> None:
         """Find meta parameters whose objects cannot be kept, because something else holds on to what is in them."""
@@ -323,7 +381,7 @@ class _Planner:
                     )
 
     def _owner_of(self, key: str) -> Owner | None:
-        return next((self.owners[prefix] for prefix in reversed(_prefixes_in(key)) if prefix in self.owners), None)
+        return next((self.owners[prefix] for prefix in reversed(prefixes_in(key)) if prefix in self.owners), None)
 
     def _place_for(self, owner: Owner) -> torch.device:
         return self.device if owner.device.type == "meta" else owner.device
@@ -355,11 +413,7 @@ class _Planner:
         if not self.manifest.has_configuration:
             return
         for alias, kept in self.manifest.aliases.items():
-            ours, theirs = self.slots.get(alias), self.slots.get(kept)
-            if ours is None or theirs is None or ours.tensor is None or theirs.tensor is None:
-                continue
-            both = ours.parameter and theirs.parameter
-            if both and ours.tensor is not theirs.tensor and identity(ours.tensor) != identity(theirs.tensor):
+            if self._lost_tie(alias, kept):
                 text = f"tied to {kept} in the file, a separate parameter in the model"
                 if strict:
                     self.plan.mismatch(
@@ -369,8 +423,20 @@ class _Planner:
                     self.plan.lower(Fidelity.UNVERIFIED)
                     self.plan.notes.append(f"{alias}: {text}; both have its values now")
 
+    def _lost_tie(self, alias: str, kept: str) -> bool:
+        if alias in self.made or kept in self.made:
+            both = (alias in self.made or alias in self.slots) and (kept in self.made or kept in self.slots)
+            return both and self.manifest.tensors[kept].parameter
+        ours, theirs = self.slots.get(alias), self.slots.get(kept)
+        if ours is None or theirs is None or ours.tensor is None or theirs.tensor is None:
+            return False
+        parameters = ours.parameter and theirs.parameter
+        return parameters and ours.tensor is not theirs.tensor and identity(ours.tensor) != identity(theirs.tensor)
+
     def collect_leftovers(self) -> None:
-        everything = [*self.manifest.tensors, *self.manifest.aliases]
+        # What looks like an alias in another library's metadata may be anything.
+        aliases = self.manifest.aliases if self.manifest.has_configuration else ()
+        everything = [*self.manifest.tensors, *aliases]
         self.plan.unexpected = [key for key in everything if key not in self.settled]
         stranded = [key for key, buffer in self.transient.items() if buffer.device.type == "meta"]
         if stranded:
@@ -381,14 +447,21 @@ class _Planner:
 
 @dataclass(frozen=True)
 class _Place:
-    """Puts a new tensor into slots that hold None or one meta tensor."""
+    """Puts a new tensor into slots that hold None, or one tensor that it takes the place of.
+
+    Attributes:
+        slots: The slots.
+        requires_grad: Whether a new parameter requires a gradient; None to do as the one in its place.
+    """
 
     slots: tuple[Slot, ...]
+    requires_grad: bool | None
 
     def __call__(self, tensor: Tensor) -> Callable[[], None]:
         old = self.slots[0].tensor
         if isinstance(old, nn.Parameter):
-            new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            requires_grad = old.requires_grad if self.requires_grad is None else self.requires_grad
+            new = nn.Parameter(tensor, requires_grad=requires_grad)
             new.__class__ = type(old)
             vars(new).update(vars(old))
             # The object stays: an optimizer, a tie or a list that holds it goes on holding the right one.
@@ -409,27 +482,3 @@ def _same_layout(record: TensorRecord, bare: Tensor) -> bool:
         return False
     pairs = zip(bare.shape, record.stride, bare.stride(), strict=True)
     return bare.device.type == "meta" or all(size < 2 or theirs == ours for size, theirs, ours in pairs)
-
-
-def _prefixes(tensor: ParametrizedTensor) -> list[str]:
-    paths = (tensor.module_path, *tensor.aliases)
-    return [join(path, "parametrizations", tensor.tensor_name) for path in paths]
-
-
-def _prefixes_in(key: str) -> list[str]:
-    """Every ``path.parametrizations.name`` that a key begins with, the shortest first."""
-    parts = key.split(".")
-    return [".".join(parts[: i + 2]) for i in range(len(parts) - 2) if parts[i] == "parametrizations"]
-
-
-def _parts_by_prefix(keys: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        for prefix in _prefixes_in(key):
-            found.setdefault(prefix, []).append(key)
-    return found
-
-
-def _local(parts: Mapping[str, list[str]], prefixes: list[str]) -> dict[str, str]:
-    """Names within a parametrized tensor, with the key of each."""
-    return {key.removeprefix(f"{prefix}."): key for prefix in prefixes for key in parts.get(prefix, ())}

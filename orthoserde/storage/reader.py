@@ -40,10 +40,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         size = os.fstat(file.fileno()).st_size
         start = _read_exactly(file, min(size, MAGIC_BYTES), name)
         if is_torch_file(start):
-            file.close()
-            return read_torch_file(name, start)
-        file.seek(0)
-        raw = _read_header(file, size, name)
+            with file:
+                return read_torch_file(file, name, start)
+        raw = _read_header(file, size, name, start)
         header = decode_header(raw[LENGTH_BYTES:], size - len(raw), name)
         manifest = manifest_of(header, raw, name)
         sources = {
@@ -73,12 +72,13 @@ def _open(name: str) -> io.FileIO:
     return io.FileIO(descriptor, "rb")
 
 
-def _read_header(file: io.FileIO, size: int, name: str) -> bytes:
-    length_bytes = _read_exactly(file, min(size, LENGTH_BYTES), name)
-    length = int.from_bytes(length_bytes, "little")
-    if len(length_bytes) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+def _read_header(file: io.FileIO, size: int, name: str, start: bytes) -> bytes:
+    """The length and the header, of which the first bytes have been read."""
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
         raise FileFormatError(f"{name}: no safetensors header in its {size} bytes: truncated, or another sort of file")
-    return length_bytes + _read_exactly(file, length, name)
+    whole = LENGTH_BYTES + length
+    return start[:whole] + _read_exactly(file, max(0, whole - len(start)), name)
 
 
 def _read_exactly(file: io.FileIO, count: int, name: str) -> bytes:

@@ -6,7 +6,9 @@ refused. That unpickler could be made to run code before torch 2.6 (CVE-2025-324
 
 from __future__ import annotations
 
+import io
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pickle import PickleError
@@ -54,11 +56,12 @@ def is_torch_file(start: bytes) -> bool:
     return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
 
 
-def read_torch_file(name: str, start: bytes) -> Checkpoint:
+def read_torch_file(file: io.FileIO, name: str, start: bytes) -> Checkpoint:
     """Read a state dict that ``torch.save`` wrote.
 
     Args:
-        name: The file. It must hold one flat dict of tensors by key.
+        file: The open file. It must hold one flat dict of tensors by key.
+        name: Its name, for messages; torch would also guess the sort of file from it.
         start: Its first bytes.
 
     Returns:
@@ -75,9 +78,12 @@ def read_torch_file(name: str, start: bytes) -> Checkpoint:
             "(CVE-2025-32434); use torch 2.6 or newer, or convert the file to safetensors"
         )
     if start.startswith(ZIP_MAGIC):
-        _check_archive(name)
+        _check_archive(file, name)
+    file.seek(0)
     try:
-        content: object = torch.load(name, map_location="cpu", weights_only=True, mmap=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are odd: either they load, or the error says why not
+            content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except _UNPICKLING as error:
         raise FileFormatError(f"{name}: torch.load(weights_only=True) refuses it: {_first_line(error)}") from error
     tensors = _checked(content, name)
@@ -91,10 +97,10 @@ def read_torch_file(name: str, start: bytes) -> Checkpoint:
     return Checkpoint(manifest, {key: LiveTensor(tensor) for key, tensor in tensors.items()}, name)
 
 
-def _check_archive(name: str) -> None:
+def _check_archive(file: io.FileIO, name: str) -> None:
     """Torch never compresses and never checks its checksums; a file that needs either is refused."""
     try:
-        with zipfile.ZipFile(name) as archive:
+        with zipfile.ZipFile(file) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise FileFormatError(f"{name}: a compressed archive, which torch.save does not write")
             damaged = archive.testzip()

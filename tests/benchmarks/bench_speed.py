@@ -206,7 +206,7 @@ def child_times(settings: Settings) -> dict[str, list[float]]:
 
 def child_peak(settings: Settings, operation: str) -> int:
     """Peak resident bytes of a process that builds a model (on meta for the loads that make one) and does one thing."""
-    new_memory = operation in (LOAD_META, READ_NEW, "baseline: new memory")
+    new_memory = operation in (LOAD_META, READ_NEW)
     model = build(settings.size, "meta" if new_memory else "cpu")
     actions = loading(settings, None if new_memory else model) | saving(settings, model)
     kept = actions.get(operation, lambda: None)()
@@ -223,7 +223,9 @@ def in_child(settings: Settings, *task: str) -> Any:
 
 def output_of(*arguments: str) -> str:
     """Run Python in the root of the repository; return what it prints."""
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 # Report
@@ -264,8 +266,7 @@ def report(settings: Settings) -> None:
         return int(in_child(settings, "peak", operation))
 
     def peak(operation: str) -> str:
-        kind = "new memory" if operation in (LOAD_META, READ_NEW) else "model"
-        return f"{(peak_of(operation) - peak_of(f'baseline: {kind}')) / MIB:.0f}"
+        return f"{(peak_of(operation) - peak_of('nothing')) / MIB:.0f}"
 
     print()
     row("operation", "median, s", "range, s", "GB/s", "peak memory beyond the model, MiB")
@@ -280,7 +281,8 @@ def report(settings: Settings) -> None:
     for ours, theirs, aim in COMPARISONS:
         one, other = statistics.median(taken[ours]), statistics.median(taken[theirs])
         row(ours, theirs, f"{one / other:.2f}", f"{aim}" if aim else "-", f"{1000 * (one - other):+.0f}")
-    imports = [float(output_of("-c", IMPORT)) for _ in range(9)]
+    # Bytecode is kept, in the folder: a run before compiles everything, as an installation does.
+    imports = [float(output_of("-X", f"pycache_prefix={settings.folder}", "-c", IMPORT)) for _ in range(10)][1:]
     print(f"\nimport orthoserde, after import torch: {1000 * statistics.median(imports):.0f} ms (median of 9)")
 
 

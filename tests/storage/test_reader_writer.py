@@ -327,7 +327,7 @@ NOT_CHECKPOINTS: dict[str, bytes] = {
     "a pickle": pickle.dumps({"a": [1.0] * 100}),
     "an old pickle": pickle.dumps({"a": [1.0] * 100}, protocol=0),
     "a zip archive": _zip(),
-    "a torch file": _torch_save(),
+    "a damaged torch file": _torch_save()[:-100],
     "JSON": b'{"a": 1, "b": [1, 2, 3]}',
     "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
     "HTML": b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>",
@@ -347,6 +347,14 @@ def test_another_sort_of_file_is_refused_and_named(tmp_path: Path, what: str) ->
     assert isinstance(caught.value, ValueError)
 
 
+def test_a_file_of_torch_save_is_known_by_its_bytes_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(_torch_save())
+    with storage.read(path) as checkpoint:
+        assert torch.equal(checkpoint.tensor("a"), torch.ones(2))
+        assert not checkpoint.manifest.has_configuration
+
+
 def test_the_header_used_above_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(header(len(VALID), VALID, b"xy"))
@@ -364,7 +372,7 @@ def test_a_header_of_more_than_100_mb_is_refused_without_being_read(
     monkeypatch.setattr(io, "FileIO", CountingFile)
     with pytest.raises(FileFormatError, match="no safetensors header"):
         storage.read(path)
-    assert CountingFile.count == 8
+    assert CountingFile.count == 9  # the length, and whether what follows looks like a header
 
 
 class CountingFile(io.FileIO):

@@ -34,6 +34,21 @@ def loading(model: nn.Linear, path: Path) -> None:
     assert_type(report.tensors["weight"].residual, float | None)
 
 
+def looking(path: Path) -> None:
+    manifest = orthoserde.inspect(path)
+    assert_type(manifest, orthoserde.Manifest)
+    assert_type(manifest.tensors["weight"].shape, tuple[int, ...])
+    assert_type(manifest.parametrized[0].chain[0].kind, str)
+    assert_type(manifest.metadata, Mapping[str, str])
+    report = orthoserde.verify("model.safetensors", registry=orthoserde.Registry())
+    assert_type(report, orthoserde.VerifyReport)
+    assert_type(report.ok, bool)
+    assert_type(report.digests, bool)
+    assert_type(report.damaged, tuple[str, ...])
+    assert_type(report.residuals, Mapping[str, float | None])
+    assert_type(report.not_measured, Mapping[str, str])
+
+
 def walking(model: nn.Module) -> None:
     assert_type(orthoserde.parametrized_tensors(model), Iterator[orthoserde.ParametrizedTensor])
     for record in orthoserde.parametrized_tensors(model):
@@ -70,4 +85,5 @@ def wrong_calls(model: nn.Module) -> None:
     orthoserde.save(model)  # type: ignore[call-arg]
     orthoserde.save(model, 3)  # type: ignore[arg-type]
     orthoserde.load(model, "a", False)  # type: ignore[call-arg]
+    orthoserde.verify("a", orthoserde.Registry())  # type: ignore[call-arg]
     orthoserde.register(nn.Linear)  # type: ignore[arg-type]

@@ -1,0 +1,38 @@
+"""Keys of the parts of parametrized tensors: ``path.parametrizations.tensor`` and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from orthoserde.manifest import join
+from orthoserde.walk import ParametrizedTensor
+
+
+def tensor_names(path: str, aliases: Iterable[str], tensor_name: str) -> list[str]:
+    """Names of a tensor of a module that stands under these paths."""
+    return [join(each, tensor_name) for each in (path, *aliases)]
+
+
+def prefixes_of(tensor: ParametrizedTensor) -> list[str]:
+    """What the keys of its parts begin with, for each path of its module."""
+    return tensor_names(tensor.module_path, tensor.aliases, f"parametrizations.{tensor.tensor_name}")
+
+
+def prefixes_in(key: str) -> list[str]:
+    """Every ``path.parametrizations.tensor`` that a key begins with, the shortest first."""
+    parts = key.split(".")
+    return [".".join(parts[: i + 2]) for i in range(len(parts) - 2) if parts[i] == "parametrizations"]
+
+
+def parts_by_prefix(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Keys of the parts of each parametrized tensor, by what they begin with."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        for prefix in prefixes_in(key):
+            found.setdefault(prefix, []).append(key)
+    return found
+
+
+def local_names(parts: Mapping[str, list[str]], prefixes: Iterable[str]) -> dict[str, str]:
+    """Names of the parts within a parametrized tensor, with the key of each."""
+    return {key.removeprefix(f"{prefix}."): key for prefix in prefixes for key in parts.get(prefix, ())}

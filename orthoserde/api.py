@@ -129,7 +129,8 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
     """Say what a file holds, without a model.
 
     Of a safetensors file, ours or another library's, the header alone is read, so this takes no longer for a large
-    file. ``python -m orthoserde inspect FILE`` shows the same as a table.
+    file. (A state dict of ``torch.save`` has no header; it is read whole.) ``python -m orthoserde inspect FILE`` shows
+    the same as a table.
 
     Args:
         path: The file.

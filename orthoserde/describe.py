@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orthoserde import json_values
 from orthoserde.json_values import JSON
-from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, TensorRecord
+from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, TensorRecord
 from orthoserde.reports import VerifyReport, printable
 
 #: Columns of a terminal that tables keep to.
@@ -57,7 +57,7 @@ def describe_verification(report: VerifyReport) -> str:
     Returns:
         Lines of at most ``WIDTH`` characters: the verdict, and a row for each parametrized tensor.
     """
-    head = [squeeze(printable(report.path), WIDTH), _pair("verdict", "ok" if report.ok else "NOT OK")]
+    head = [squeeze(printable(report.path), WIDTH), _pair("verdict", report.verdict)]
     head += _wrapped_pair("digests", report.integrity)
     if report.residuals:
         head += _wrapped_pair("constraints", report.constraints)
@@ -146,8 +146,9 @@ def _parametrized(manifest: Manifest) -> list[str]:
         kept = {manifest.kept_key(key) for key in record.tensor_keys()}
         nbytes = sum(manifest.tensors[key].nbytes for key in kept)
         below = tuple(line for link in record.chain for line in _link(link))
+        sort = "parameter" if record.parameter else "buffer"
         shape = "?" if record.shape is None else _shape(record.shape)
-        rows.append(_Row(f"    {record.tensor_name}", shape, record.dtype or "?", f"{nbytes:,}", _sort(record), below))
+        rows.append(_Row(f"    {record.tensor_name}", shape, record.dtype or "?", f"{nbytes:,}", sort, below))
     return _tensor_table(rows) if manifest.parametrized else []
 
 
@@ -162,10 +163,6 @@ def _config(config: Mapping[str, JSON] | None) -> str:
     if config is None:
         return "configuration not known"
     return ", ".join(f"{name}={json_values.encode(value)}" for name, value in sorted(config.items())) or "no settings"
-
-
-def _sort(record: ParametrizedRecord) -> str:
-    return ("parameter" if record.parameter else "buffer") + (", unsafe" if record.unsafe else "")
 
 
 def _plain(manifest: Manifest) -> list[str]:

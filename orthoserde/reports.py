@@ -161,6 +161,13 @@ class VerifyReport:
         return not (self.damaged or self.off_constraint or self.misfits)
 
     @property
+    def verdict(self) -> str:
+        """:attr:`ok` in words."""
+        if not self.ok:
+            return "NOT OK"
+        return "ok" if self.digests else "ok, as far as it could be checked"
+
+    @property
     def integrity(self) -> str:
         """What the digests say, in words."""
         if not self.digests:
@@ -178,7 +185,7 @@ class VerifyReport:
         return f"{on} of {len(measured)} measured tensors are on their constraint, largest residual {largest:.2g}"
 
     def __str__(self) -> str:
-        lines = [f"verified {printable(self.path)}: {'ok' if self.ok else 'NOT OK'}", f"  {self.integrity}"]
+        lines = [f"verified {printable(self.path)}: {self.verdict}", f"  {self.integrity}"]
         if self.damaged:
             lines.append(f"  damaged: {printable(shorten(self.damaged))}")
         if self.residuals:

@@ -114,9 +114,15 @@ class OrthogonalCodec:
         return largest <= LARGEST_ROUNDING * eps and mean <= MEAN_ROUNDING * eps
 
     def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
-        """The nearest orthogonal (unitary) matrix in Frobenius norm: the polar factor, computed in double precision."""
+        """The nearest orthogonal (unitary) matrix in Frobenius norm: the polar factor, computed in double precision.
+
+        Raises:
+            ConfigError: A singular value is zero to float32 rounding, so no matrix is nearest.
+        """
         wide = weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64)
-        left, _, right = torch.linalg.svd(wide, full_matrices=False)
+        left, sigma, right = torch.linalg.svd(wide, full_matrices=False)
+        if sigma.numel() and float(sigma.min()) <= torch.finfo(torch.float32).eps:
+            raise ConfigError(f"{self.kind}: a weight of lower rank has no nearest orthogonal one")
         nearest: Tensor = left @ right
         return nearest.to(weight.dtype)
 

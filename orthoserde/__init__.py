@@ -5,7 +5,7 @@
 """
 
 from orthoserde._version import __version__
-from orthoserde.api import inspect, load, save, verify
+from orthoserde.api import build, inspect, load, save, verify
 from orthoserde.errors import (
     CheckpointNotFoundError,
     CommitUncertainError,
@@ -52,6 +52,7 @@ __all__ = [
     "UnsupportedModuleError",
     "VerifyReport",
     "__version__",
+    "build",
     "default_registry",
     "inspect",
     "load",

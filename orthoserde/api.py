@@ -1,4 +1,4 @@
-"""`save`, `load`, `inspect` and `verify`: they join the rooms and do nothing themselves."""
+"""`save`, `load`, `build`, `inspect` and `verify`: they join the rooms and do nothing themselves."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from torch import nn
 from orthoserde import audit, storage
 from orthoserde.capture import capture
 from orthoserde.manifest import OPAQUE, Manifest
+from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
-from orthoserde.restore import Legacy, restore
+from orthoserde.restore import Legacy, build_model, restore
 
 
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    include_weights: bool = False,
     metadata: Mapping[str, str] | None = None,
     registry: Registry | None = None,
+    debug: bool | Sink | None = None,
 ) -> SaveReport:
     """Save a model, with the state and configuration of every parametrized tensor, to one safetensors file.
 
@@ -34,8 +37,13 @@ def save(
             float8_e4m3fn, float8_e5m2, float16, bfloat16, float32, float64, complex64 or complex128. ``torch.compile``,
             DDP, DataParallel and activation checkpointing are looked through. Tied tensors are stored once.
         path: The file to create or replace. A symbolic link is followed.
+        include_weights: Add the computed tensors under their plain names, for readers that know nothing of
+            parametrizations. They are worked out from the state, and are no part of it: a load ignores them.
         metadata: Strings of your own, kept in the file.
         registry: Names of your classes; those of ``orthoserde.register`` by default.
+        debug: Report residuals, norms, bytes and seconds of each parametrized tensor: True to the ``orthoserde`` logger
+            (level INFO), a callable to itself, as mappings; None to do as the environment variable ``ORTHOSERDE_DEBUG``
+            says. Off, nothing is measured.
 
     Returns:
         What was saved.
@@ -60,9 +68,15 @@ def save(
         >>> torch.equal(model.weight, other.weight)
         True
     """
-    with capture(model, default_registry if registry is None else registry, metadata=metadata) as checkpoint:
+    registry = default_registry if registry is None else registry
+    sink = sink_of(debug)
+    watch = None if sink is None else Watch("save", model, registry)
+    with capture(model, registry, include_weights=include_weights, metadata=metadata) as checkpoint:
         file_bytes = storage.write(checkpoint, path)
-        return _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
+        report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
+    if sink is not None and watch is not None:
+        watch.report(sink)
+    return report
 
 
 def load(
@@ -75,6 +89,7 @@ def load(
     device: torch.device | str | None = None,
     verify: bool = True,
     registry: Registry | None = None,
+    debug: bool | Sink | None = None,
 ) -> LoadReport:
     """Load a file into a model, in place, or refuse and leave the model as it was.
 
@@ -100,6 +115,7 @@ def load(
         verify: Read the file twice: check every digest before the first write, then read into place. With False a
             damaged tensor is found only when it is read, and raises ``LoadInterruptedError``.
         registry: Names of your classes; those of ``orthoserde.register`` by default.
+        debug: As for :func:`save`; residuals are those before and after the load.
 
     Returns:
         What was loaded; unpacks as ``missing_keys, unexpected_keys``.
@@ -112,17 +128,66 @@ def load(
             (``DamagedFileError``).
         LoadInterruptedError: Reading failed after the first write: the one case in which the model is partly written.
     """
+    registry = default_registry if registry is None else registry
+    sink = sink_of(debug)
+    watch = None if sink is None else Watch("load", model, registry)
     with storage.read(path) as checkpoint:
-        return restore(
+        report = restore(
             checkpoint,
             model,
-            default_registry if registry is None else registry,
+            registry,
             strict=strict,
             legacy=legacy,
             reparametrize=reparametrize,
             device=device,
             verify=verify,
         )
+    if sink is not None and watch is not None:
+        watch.report(sink)
+    return report
+
+
+def build(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    registry: Registry | None = None,
+) -> nn.Module:
+    """Make the model that a file was saved from, and load it.
+
+    The class of the model must be registered here under the kind that the file names; it is constructed with the
+    configuration in the file. Random generators are left as they are, whatever the constructor draws.
+
+    Args:
+        path: A file of :func:`save`.
+        device: Where the model is constructed; the CPU by default.
+        registry: Names of your classes; those of ``orthoserde.register`` by default.
+
+    Returns:
+        The model, in training mode as its constructor leaves it.
+
+    Raises:
+        ConfigError: The file does not say what the model was, or its kind is not registered in this process, or the
+            class does not take the configuration.
+        IncompatibleModelError: The class makes a model that does not fit the file; nothing is returned.
+        CheckpointNotFoundError: There is no such file.
+        FileAccessError: The system refuses to open or read it.
+        FileFormatError: Not a checkpoint, a newer format, or damaged.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> @orthoserde.register("docs>Net")
+        ... class Net(torch.nn.Module):
+        ...     def __init__(self, width: int):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(width, width))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = orthoserde.save(Net(width=3), f"{folder}/net.safetensors")
+        ...     orthoserde.build(f"{folder}/net.safetensors").layer.in_features
+        3
+    """
+    with storage.read(path) as checkpoint:
+        return build_model(checkpoint, default_registry if registry is None else registry, device)
 
 
 def inspect(path: str | os.PathLike[str]) -> Manifest:
@@ -202,6 +267,8 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
     reasons: list[str] = []
     if manifest.aliases:
         reasons.append("tied tensors are stored once")
+    if manifest.computed:
+        reasons.append("computed tensors are among them, which a strict load_state_dict does not expect")
     if any(record.dtype == "complex128" for record in manifest.tensors.values()):
         reasons.append("complex128 tensors are stored as pairs of float64")
     return SaveReport(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch, json_values
 from orthoserde._version import __version__
-from orthoserde.checkpoint import Checkpoint, LiveTensor
+from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
+from orthoserde.evaluate import computed
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
@@ -25,7 +28,7 @@ from orthoserde.manifest import (
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Codec, Registry, own_tensors
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
-from orthoserde.tensor_bytes import dtype_name
+from orthoserde.tensor_bytes import dtype_name, iter_bytes
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
 
 
@@ -33,6 +36,7 @@ def capture(
     model: nn.Module,
     registry: Registry,
     *,
+    include_weights: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Describe a model as a checkpoint that follows it until it is read.
@@ -40,6 +44,7 @@ def capture(
     Args:
         model: Any module.
         registry: Names of the user's classes.
+        include_weights: Whether to add the computed tensors.
         metadata: The user's own strings.
 
     Raises:
@@ -67,8 +72,52 @@ def capture(
             writer={"orthoserde": __version__, "torch": str(torch.__version__)},
         )
         check_references(manifest, f"cannot save {type(_torch.unwrap(model)).__qualname__}")
-        sources = {key: LiveTensor(tensors[key].detach()) for key in manifest.tensors}
+        sources: dict[str, TensorSource] = {key: LiveTensor(tensors[key].detach()) for key in manifest.tensors}
+        if include_weights:
+            extra = {tensor.name: _computed(tensor, registry) for tensor in inventory.parametrized}
+            records = {key: _record(weight, parameter=False) for key, (weight, _) in extra.items()}
+            manifest = dataclasses.replace(manifest, tensors={**manifest.tensors, **records}, computed=tuple(extra))
+            sources |= {key: source for key, (_, source) in extra.items()}
         return Checkpoint(manifest, sources, type(_torch.unwrap(model)).__qualname__)
+
+
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A computed tensor, worked out from the state whenever it is asked for."""
+
+    tensor: ParametrizedTensor
+    registry: Registry
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the elements as row-major bytes."""
+        return iter_bytes(self.compute())
+
+    def fill(self, target: Tensor) -> str:
+        """Overwrite ``target`` in place with the elements; return the digest of what was read."""
+        return LiveTensor(self.compute()).fill(target)
+
+    def compute(self) -> Tensor:
+        """The computed tensor.
+
+        Raises:
+            ConfigError: A class of the chain, or its configuration, is not known.
+        """
+        weight = computed(self.tensor, self.registry)
+        if weight is None:
+            raise ConfigError(
+                f"{self.tensor.name}: include_weights needs each parametrization registered, with a known configuration"
+            )
+        return weight
+
+
+def _computed(tensor: ParametrizedTensor, registry: Registry) -> tuple[Tensor, TensorSource]:
+    """A tensor that says what the computed one looks like, and the computed one."""
+    source = ComputedTensor(tensor, registry)
+    shape = weight_shape(tensor, registry)
+    if shape is None:
+        weight = source.compute()
+        return weight, LiveTensor(weight)
+    return torch.empty(shape, dtype=list(tensor.originals.values())[-1].dtype, device="meta"), source
 
 
 def _unique_tensors(named: list[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -28,6 +28,7 @@ FLOORS = {
     "evaluate": 2,
     "audit": 3,
     "capture": 3,
+    "metrics": 3,
     "restore": 3,
     "api": 4,
     "__init__": 5,

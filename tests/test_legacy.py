@@ -109,7 +109,7 @@ def test_training_stays_on_the_constraint(tmp_path: Path, orthogonal_map: str, s
     target = torch.randn(shape)
     for _ in range(50):
         optimizer.zero_grad()
-        (cast("Tensor", model.weight) - target).square().sum().backward()
+        (cast("Tensor", model.weight) - target).square().sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     residual = report.tensors["weight"].residual
     assert residual is not None
@@ -154,7 +154,7 @@ def test_a_damaged_weight_is_refused_with_its_distance_projected_or_kept(tmp_pat
     before = snapshot(model)
     for legacy in ("inference", "refuse"):
         with pytest.raises(IncompatibleModelError, match="computed weight") as caught:
-            orthoserde.load(model, tmp_path / "m", legacy=legacy)  # type: ignore[arg-type]
+            orthoserde.load(model, tmp_path / "m", legacy=legacy)
         assert ("off the constraint by" in str(caught.value)) == (legacy == "inference")
         assert_unchanged(model, before)
     report = load(model, tmp_path / "m", legacy="keep")

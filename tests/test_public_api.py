@@ -17,9 +17,11 @@ import orthoserde
 ROOT = Path(__file__).parent.parent
 
 SIGNATURES = {
-    "save": "(model, path, *, metadata=None, registry=None)",
+    "build": "(path, *, device=None, registry=None)",
+    "save": "(model, path, *, include_weights=False, metadata=None, registry=None, debug=None)",
     "load": (
-        "(model, path, *, strict=True, legacy='inference', reparametrize=True, device=None, verify=True, registry=None)"
+        "(model, path, *, strict=True, legacy='inference', reparametrize=True, device=None, verify=True, "
+        "registry=None, debug=None)"
     ),
     "inspect": "(path)",
     "verify": "(path, *, registry=None)",

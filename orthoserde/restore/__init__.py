@@ -11,7 +11,7 @@ from torch import nn
 
 from orthoserde import _torch, evaluate
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import IncompatibleModelError, LegacyCheckpointWarning, Problem
+from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
 from orthoserde.registry import Registry
 from orthoserde.reports import LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
@@ -80,6 +80,40 @@ def restore(
     )
 
 
+def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device | str | None) -> nn.Module:
+    """Make the registered root of a checkpoint and load it; see ``orthoserde.build``.
+
+    Raises:
+        ConfigError: The root is not registered, there or here, or its class does not take the configuration.
+        IncompatibleModelError: The class makes a model that does not fit.
+    """
+    root = next((record for record in checkpoint.manifest.modules if record.path == ""), None)
+    if root is None:
+        raise ConfigError(
+            f"{checkpoint.origin}: does not say how its model was made, because the class was not registered when it "
+            "was saved; make the model yourself and use load"
+        )
+    codec = registry.for_kind(root.kind)
+    if codec is None:
+        raise ConfigError(
+            f"{checkpoint.origin}: {root.kind} is not registered in this process; register the class first"
+        )
+    if root.config is None:
+        raise ConfigError(
+            f"{checkpoint.origin}: the arguments of {root.kind} were not JSON, so they are not in the file; give the "
+            "class get_config and from_config, or make the model yourself and use load"
+        )
+    if root.version > codec.version:
+        raise ConfigError(f"{checkpoint.origin}: version {root.version} of {root.kind}, this process {codec.version}")
+    config = dict(root.config)
+    with _torch.undisturbed():
+        if root.version < codec.version:
+            config = codec.upgrade(config, root.version)
+        model = codec.build(config, torch.empty(0, device=torch.device("cpu" if device is None else device)))
+    restore(checkpoint, model, registry, device=device)
+    return model
+
+
 def _warn(checkpoint: Checkpoint, completed: Completed) -> None:
     if completed.weights:
         warnings.warn(
@@ -113,4 +147,4 @@ def _residual(module: nn.Module, tensor_name: str, registry: Registry) -> float 
     return None
 
 
-__all__ = ["Legacy", "restore"]
+__all__ = ["Legacy", "build_model", "restore"]

@@ -1,0 +1,119 @@
+"""Models made from a file alone, and files that carry the computed weights too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+import orthoserde
+from orthoserde import ConfigError, Fidelity, IncompatibleModelError, Registry
+
+REGISTRY = Registry()
+
+
+@REGISTRY.register("tests.build>Net")
+class Net(nn.Module):
+    def __init__(self, width: int, *, orthogonal_map: str = "cayley", extra: Any = None) -> None:
+        super().__init__()
+        self.first = orthogonal(nn.Linear(width, 3), orthogonal_map=orthogonal_map)
+        self.second = spectral_norm(nn.Linear(3, width))
+
+
+def test_a_model_is_made_from_the_file_alone(tmp_path: Path) -> None:
+    model = Net(5, orthogonal_map="matrix_exp")
+    orthoserde.save(model, tmp_path / "m", registry=REGISTRY)
+    state = torch.get_rng_state()
+    built = orthoserde.build(tmp_path / "m", registry=REGISTRY)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(built) is Net
+    ours, theirs = model.state_dict(), built.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].stride() == theirs[key].stride() for key in ours)
+
+
+def test_a_root_that_was_not_registered_is_not_built(tmp_path: Path) -> None:
+    orthoserde.save(Net(5), tmp_path / "m", registry=Registry())
+    with pytest.raises(ConfigError, match="class was not registered when it was saved"):
+        orthoserde.build(tmp_path / "m", registry=REGISTRY)
+
+
+def test_a_kind_that_this_process_does_not_know_is_not_built(tmp_path: Path) -> None:
+    orthoserde.save(Net(5), tmp_path / "m", registry=REGISTRY)
+    with pytest.raises(ConfigError, match=r"tests\.build>Net is not registered in this process"):
+        orthoserde.build(tmp_path / "m", registry=Registry())
+
+
+def test_arguments_that_were_not_json_are_not_guessed(tmp_path: Path) -> None:
+    orthoserde.save(Net(5, extra=object()), tmp_path / "m", registry=REGISTRY)
+    with pytest.raises(ConfigError, match="were not JSON"):
+        orthoserde.build(tmp_path / "m", registry=REGISTRY)
+
+
+def test_a_class_that_has_changed_since_is_said(tmp_path: Path) -> None:
+    orthoserde.save(Net(5), tmp_path / "m", registry=REGISTRY)
+    registry = Registry()
+
+    @registry.register("tests.build>Net")
+    class Other(nn.Module):
+        def __init__(self, width: int, orthogonal_map: str, extra: None) -> None:
+            super().__init__()
+            self.first = nn.Linear(width, 4)
+
+    with pytest.raises(IncompatibleModelError, match=r"first\.weight"):
+        orthoserde.build(tmp_path / "m", registry=registry)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        record.name: cast("Tensor", getattr(record.module, record.tensor_name)).detach()
+        for record in orthoserde.parametrized_tensors(model)
+    }
+
+
+def test_computed_weights_are_added_for_other_readers_and_ignored_by_a_load(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            orthogonal(nn.Linear(4, 3)), weight_norm(nn.Linear(3, 3)), spectral_norm(nn.Conv1d(3, 2, 2))
+        )
+
+    model = make()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    report = orthoserde.save(model, tmp_path / "m", include_weights=True)
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    assert "computed tensors" in report.needs_orthoserde[0]
+    plain = safetensors.torch.load_file(tmp_path / "m")
+    computed = weights(model.eval())
+    assert set(plain) == set(model.state_dict()) | set(computed)
+    assert all(torch.equal(plain[name], weight) for name, weight in computed.items())
+    other = make()
+    loaded = orthoserde.load(other, tmp_path / "m")
+    assert (loaded.fidelity, *loaded) == (Fidelity.EXACT, [], [])
+    assert all(torch.equal(weight, computed[name]) for name, weight in weights(other.eval()).items())
+    bare = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Conv1d(3, 2, 2))
+    assert orthoserde.load(bare, tmp_path / "m").fidelity is Fidelity.EXACT
+    assert all(torch.equal(weight, computed[name]) for name, weight in weights(bare.eval()).items())
+
+
+def test_a_weight_that_only_unknown_code_could_compute_is_not_added(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = nn.Linear(3, 3)
+    parametrize.register_parametrization(model, "weight", Twice())
+    with pytest.raises(ConfigError, match="weight: include_weights needs"):
+        orthoserde.save(model, tmp_path / "m", include_weights=True, registry=Registry())
+    assert not (tmp_path / "m").exists()
+    registry = Registry()
+    registry.register("tests.build>Twice")(Twice)
+    known = nn.Linear(3, 3)
+    parametrize.register_parametrization(known, "weight", Twice())
+    orthoserde.save(known, tmp_path / "m", include_weights=True, registry=registry)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "m")["weight"], known.weight)

@@ -29,10 +29,11 @@ from orthoserde.registry import Codec, RegisteredClass, Registry
 from orthoserde.reports import VerifyReport
 from orthoserde.tensor_bytes import DTYPES, dtype_name
 
-#: An intermediate result may have this many bytes, or as many as the file holds if these are more.
-SCRATCH_BYTES = 256 << 20
+#: An intermediate result may have this many bytes, or as many as the file holds if these are more: a float32 matrix of
+#: 4096 rows, whose exponential takes seconds.
+SCRATCH_BYTES = 64 << 20
 
-#: dtypes of computed tensors that can be held to a constraint: what is coarser is off it by its own rounding.
+#: dtypes in which a computed tensor can be on a constraint of torch's: what is coarser is off it by its own rounding.
 _FINE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -145,12 +146,15 @@ def _measure(
     checkpoint: Checkpoint, record: ParametrizedRecord, links: list[_Link], limit: int
 ) -> tuple[float | None, bool]:
     """Residual of a parametrized tensor, and whether it is on its constraint."""
-    dry_run = functools.partial(_dry_run, limit=limit)
-    if all(link.codec in TORCH_CODECS for link in links) and links[-1].codec.residual(torch.empty(0, 0)) is None:
-        # There is nothing to measure: whether the state makes sense can be told without reading it.
-        _compute(record, links, functools.partial(_meta_tensor, checkpoint), dry_run)
+    if not all(link.codec in TORCH_CODECS for link in links):
+        return _judge(links[-1], _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit)))
+    # All that shapes and dtypes tell comes before anything is read.
+    dry = _compute(record, links, functools.partial(_meta_tensor, checkpoint), functools.partial(_dry_run, limit=limit))
+    if links[-1].codec.residual(torch.empty(0, 0)) is None:
         return None, True
-    return _judge(links[-1], _compute(record, links, checkpoint.tensor, functools.partial(_run, dry_run=dry_run)))
+    if dry.dtype not in _FINE:
+        raise _NotMeasured(f"{dtype_name(dry.dtype)} is too coarse to be held to a constraint")
+    return _judge(links[-1], _compute(record, links, checkpoint.tensor, _run))
 
 
 def _meta_tensor(checkpoint: Checkpoint, key: str) -> Tensor:
@@ -177,9 +181,15 @@ def _compute(record: ParametrizedRecord, links: list[_Link], tensor: Callable[[s
     return weight
 
 
-def _run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor], *, dry_run: _Step) -> Tensor:
+def _wary_run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor], *, limit: int) -> Tensor:
+    """Compute a parametrization, one of torch's only after a dry run: what it is given may come from a user's codec."""
     if link.codec in TORCH_CODECS:
-        dry_run(link, inputs, own)
+        _dry_run(link, inputs, own, limit=limit)
+    return _run(link, inputs, own)
+
+
+def _run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
+    """Compute a parametrization."""
     try:
         return link.codec.compute(link.config, {**inputs, **own})
     except Exception as error:  # torch has no such operation for this dtype, or whatever a user's codec raises
@@ -236,13 +246,7 @@ def _judge(link: _Link, weight: Tensor) -> tuple[float | None, bool]:
     """Residual of a computed tensor, and whether it is on the constraint."""
     try:
         residual = link.codec.residual(weight)
-        if residual is None:
-            return None, True
-        if weight.dtype not in _FINE:
-            raise _NotMeasured(f"{dtype_name(weight.dtype)} is too coarse to be held to a constraint")
-        return residual, link.codec.admits(weight, link.config)
-    except _NotMeasured:
-        raise
+        return residual, residual is None or link.codec.admits(weight, link.config)
     except Exception as error:  # whatever a user's codec raises
         raise _NotMeasured(f"{link.codec.kind} cannot be measured here: {_one_line(error)}") from error
 

@@ -17,10 +17,9 @@ from orthoserde.manifest import (
     FORMAT_VERSION,
     Manifest,
     TensorRecord,
-    decode_manifest,
-    encode_manifest,
     join,
 )
+from orthoserde.manifest_json import decode_manifest, encode_manifest
 from tests.storage.strategies import manifests
 
 DIGEST = "0123456789abcdef" * 2

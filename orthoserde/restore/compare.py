@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from orthoserde import _torch
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.json_values import JSON, same
-from orthoserde.manifest import OPAQUE, ModuleRecord, ParametrizationRecord, ParametrizedRecord
-from orthoserde.parametrizations import codec_for_type
+from orthoserde.manifest import OPAQUE, Manifest, ModuleRecord, ParametrizationRecord, ParametrizedRecord
+from orthoserde.parametrizations import codec_for_kind, codec_for_type
 from orthoserde.registry import Codec, Registry
 from orthoserde.reports import Fidelity
 from orthoserde.walk import ParametrizedTensor
@@ -49,6 +50,27 @@ def compare_module(record: ModuleRecord, module: nn.Module, registry: Registry) 
     cls = _torch.class_before_parametrizations(module)
     codec = registry.for_type(cls)
     return _compare_config(record.path, record.kind, record.version, record.config, codec, module)
+
+
+def contradiction(record: ParametrizedRecord, manifest: Manifest, registry: Registry) -> str | None:
+    """What is wrong with the shapes of a parametrized tensor in the file, as far as its codecs can say."""
+
+    def stored(key: str) -> tuple[int, ...]:
+        return manifest.tensors[manifest.kept_key(key)].shape
+
+    shapes = {name: stored(record.original_key(name)) for name in record.originals}
+    for i, link in enumerate(record.chain):
+        codec = codec_for_kind(registry, link.kind)
+        if codec is None or link.config is None:
+            return None
+        problem = codec.check(link.config, shapes, {role: stored(record.link_key(i, role)) for role in link.tensors})
+        if problem is not None:
+            return f"{link.kind}: {problem}; the file contradicts itself"
+        shape = codec.shape({name: torch.Size(size) for name, size in shapes.items()})
+        if shape is None:
+            return None
+        shapes = {"original": tuple(shape)}
+    return None
 
 
 def _compare_link(where: str, stored: ParametrizationRecord, link: nn.Module, registry: Registry) -> Verdict:

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
-from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
 from orthoserde.reports import RESTORED, Fidelity, shorten
 from orthoserde.restore.attach import Attachment, build_links
-from orthoserde.restore.compare import compare_chain, compare_module
+from orthoserde.restore.compare import compare_chain, compare_module, contradiction
 from orthoserde.restore.names import local_names, parts_by_prefix, prefixes_in, prefixes_of
+from orthoserde.restore.places import Owner, Place, same_layout
 from orthoserde.restore.plan import Make, Outcome, Plan, Tie, Write
 from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap, overlap, storage_of
 from orthoserde.walk import Inventory, ParametrizedTensor, Slot, identity, take_inventory
-
-
-@dataclass
-class Owner:
-    """The parametrized tensor that a tensor is part of: where its parts live, and what becomes of their dtype."""
-
-    outcome: Outcome | None
-    device: torch.device
-    dtype: torch.dtype
-    stored_dtype: str | None
 
 
 def make_plan(
@@ -140,7 +128,7 @@ class _Planner:
         # Where the model has a tensor, that says which shape fits; where it has None, only the file and its codec do.
         parts = [self.slots[key] for prefix in prefixes_of(tensor) for key in self.model_parts.get(prefix, ())]
         blind = any(slot.tensor is None for slot in parts)
-        problem = self._check_parts(record) if blind and not verdict.problems else None
+        problem = contradiction(record, self.manifest, self.registry) if blind and not verdict.problems else None
         if problem is not None:
             self.plan.mismatch(tensor.name, problem)
         if verdict.problems or problem is not None:
@@ -171,7 +159,7 @@ class _Planner:
             self.plan.problems += links if isinstance(links, list) else []
             self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
             return
-        problem = self._check_parts(record)
+        problem = contradiction(record, self.manifest, self.registry)
         if problem is not None:
             self.plan.mismatch(record.name, problem)
         frozen = {each for each in record.originals if not self._stored(record.original_key(each)).requires_grad}
@@ -186,7 +174,7 @@ class _Planner:
             self.slots.pop(key, None)
         for i, link in enumerate(links):
             self._adopt(link, join(prefix, str(i)))
-        if set(record.originals) == {"original"} and _same_layout(first, bare):
+        if set(record.originals) == {"original"} and same_layout(first, bare):
             key = record.original_key("original")
             self.slots[key] = Slot(key, module, name, bare, isinstance(bare, nn.Parameter))
         else:
@@ -230,23 +218,6 @@ class _Planner:
                     self.memory.setdefault(storage_of(slot.tensor), []).append(slot.tensor)
         others = self.memory.get(storage_of(bare), [])
         return any(other is not bare and overlap(bare, other) for other in others)
-
-    def _check_parts(self, record: ParametrizedRecord) -> str | None:
-        """What is wrong with the shapes of a parametrized tensor in the file, as far as its codecs can say."""
-        shapes = {name: self._stored(record.original_key(name)).shape for name in record.originals}
-        for i, link in enumerate(record.chain):
-            codec = codec_for_kind(self.registry, link.kind)
-            roles = {role: self._stored(record.link_key(i, role)).shape for role in link.tensors}
-            if codec is None or link.config is None:
-                return None
-            problem = codec.check(link.config, shapes, roles)
-            if problem is not None:
-                return f"{link.kind}: {problem}; the file contradicts itself"
-            shape = codec.shape({name: torch.Size(size) for name, size in shapes.items()})
-            if shape is None:
-                return None
-            shapes = {"original": tuple(shape)}
-        return None
 
     def _note_sort(self, name: str, parameter: bool, outcome: Outcome | None) -> None:
         sorts = ("a parameter", "a buffer") if parameter else ("a buffer", "a parameter")
@@ -364,7 +335,7 @@ class _Planner:
             self.plan.writes.append(Write(slot.key, stored[0], tensor))
             return
         device = self.device if owner is None else self._place_for(owner)
-        place = _Place(tuple(slots), record.requires_grad if fresh else None)
+        place = Place(tuple(slots), record.requires_grad if fresh else None)
         self.plan.makes.append(Make(slot.key, stored[0], dtype, device, place))
         if isinstance(tensor, nn.Parameter) and not fresh:
             self.swaps.append((slot.key, tensor))
@@ -443,42 +414,3 @@ class _Planner:
             self.plan.notes.append(
                 f"still on the meta device, because non-persistent buffers are in no checkpoint: {shorten(stranded)}"
             )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Puts a new tensor into slots that hold None, or one tensor that it takes the place of.
-
-    Attributes:
-        slots: The slots.
-        requires_grad: Whether a new parameter requires a gradient; None to do as the one in its place.
-    """
-
-    slots: tuple[Slot, ...]
-    requires_grad: bool | None
-
-    def __call__(self, tensor: Tensor) -> Callable[[], None]:
-        old = self.slots[0].tensor
-        if isinstance(old, nn.Parameter):
-            requires_grad = old.requires_grad if self.requires_grad is None else self.requires_grad
-            new = nn.Parameter(tensor, requires_grad=requires_grad)
-            new.__class__ = type(old)
-            vars(new).update(vars(old))
-            # The object stays: an optimizer, a tie or a list that holds it goes on holding the right one.
-            _torch.swap(old, new)
-            return partial(_torch.swap, old, new)
-        for slot in self.slots:
-            _torch.set_buffer(slot.module, slot.name, tensor)
-        return self._put_back
-
-    def _put_back(self) -> None:
-        for slot in self.slots:
-            _torch.set_buffer(slot.module, slot.name, slot.tensor)
-
-
-def _same_layout(record: TensorRecord, bare: Tensor) -> bool:
-    """Whether a plain tensor can become the original as it is; strides count, because they are state."""
-    if record.shape != tuple(bare.shape):
-        return False
-    pairs = zip(bare.shape, record.stride, bare.stride(), strict=True)
-    return bare.device.type == "meta" or all(size < 2 or theirs == ours for size, theirs, ours in pairs)

@@ -14,7 +14,8 @@ import xxhash
 
 from orthoserde import json_values
 from orthoserde.errors import DamagedFileError, FileFormatError
-from orthoserde.manifest import Manifest, TensorRecord, decode_manifest, encode_manifest
+from orthoserde.manifest import Manifest, TensorRecord
+from orthoserde.manifest_json import decode_manifest, encode_manifest
 from orthoserde.storage.container import Header, container_form, encode_header, storage_order
 from orthoserde.tensor_bytes import contiguous_strides
 

@@ -51,8 +51,7 @@ def save(
     Raises:
         UnsupportedModuleError: The model holds state that would be lost (quantized modules, extra state, DTensors, lazy
             or meta tensors, sparse layouts); every such place is listed, and nothing is written.
-        ConfigError: A registered class gives a configuration that is not JSON, or ``metadata`` holds other than
-            strings.
+        ConfigError: A ``get_config`` returns other than JSON, or ``metadata`` holds other than strings.
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
 
@@ -101,14 +100,20 @@ def load(
 
     Args:
         model: The module to load into.
-        path: A file written by :func:`save`, or a safetensors file of another library with the keys of a
-            ``state_dict``; such a file has no configuration, so its parametrized tensors are ``UNVERIFIED``.
+        path: A file written by :func:`save`; or a state dict in a safetensors file of another library or in a file of
+            ``torch.save`` (torch 2.6 or newer), which has no configuration, so its parametrized tensors are
+            ``UNVERIFIED``.
         strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported
             instead; anything else that does not fit is refused all the same.
-        legacy: What to do where the model has a parametrized tensor and the file its computed weight alone.
-            ``"inference"`` starts afresh at that weight, with one ``LegacyCheckpointWarning`` and fidelity
-            ``INFERENCE``; ``"refuse"`` raises. A weight that is off its constraint is refused by both; ``"project"``
-            moves it to the nearest one that is not, ``"keep"`` takes it as it is.
+        legacy: What to do where the model has a parametrized tensor and the file its computed weight alone:
+
+            - ``"inference"``: start afresh at that weight, with one ``LegacyCheckpointWarning``; a weight that is off
+              its constraint is refused.
+            - ``"refuse"``: refuse any.
+            - ``"project"``: as ``"inference"``, but move a weight that is off its constraint to the nearest one on it;
+              outputs change with it.
+            - ``"keep"``: as ``"inference"``, but take such a weight as it is, where the parametrization can express it.
+
         reparametrize: Where the file has a parametrized tensor and the model a plain one, attach the parametrization
             (without ``right_inverse``, factorisation or random numbers). With False that is refused.
         device: Where tensors on the meta device are placed, the CPU by default; no other tensor is moved.
@@ -279,5 +284,9 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
         aliases=dict(manifest.aliases),
         left_out=manifest.left_out,
         opaque=tuple(r.name for r in manifest.parametrized if any(link.kind == OPAQUE for link in r.chain)),
+        unconfigured=tuple(
+            [r.name for r in manifest.parametrized if any(k.config is None and k.kind != OPAQUE for k in r.chain)]
+            + [r.path or "(model)" for r in manifest.modules if r.config is None]
+        ),
         needs_orthoserde=tuple(reasons),
     )

@@ -88,7 +88,7 @@ class FileFormatError(OrthoserdeError, ValueError):
 
 
 class DamagedFileError(FileFormatError):
-    """A digest does not match: bytes of the file are not the bytes that were saved. Nothing has been changed."""
+    """Bytes of the file are missing, or are not the bytes that were saved. Nothing has been changed."""
 
 
 class FormatVersionError(FileFormatError):
@@ -144,4 +144,4 @@ def render(message: str, problems: Sequence[Problem]) -> str:
 
 
 class LegacyCheckpointWarning(UserWarning):
-    """Only computed weights were in the file: outputs are equal, but training starts in a new chart."""
+    """Only computed weights were in the file: training starts in a new chart, at that weight."""

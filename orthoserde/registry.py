@@ -377,7 +377,7 @@ def _encode_arguments(
     bound.apply_defaults()
     variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     named = list(bound.arguments.items())[1:]
-    arguments = {name: value for name, value in named if value or name not in variadic}
+    arguments = {name: value for name, value in named if name not in variadic or value}
     try:
         return json_values.encode(json_values.to_json(arguments))
     except ConfigError:

@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 
 
 class Fidelity(enum.IntEnum):
-    """How faithfully a tensor was restored; a larger value is more faithful."""
+    """How faithfully a tensor was restored; a larger value is more faithful.
 
-    #: Only the computed weight was there: outputs are equal, training starts in a new chart.
+    ``EXACT``: the state is restored bit for bit, and the configuration was checked.
+
+    ``UNVERIFIED``: the state is restored bit for bit (or widened without loss); there was no configuration to check.
+
+    ``INFERENCE``: only the computed weight was there. Outputs are equal; training stays on the constraint, but starts
+    afresh at that weight.
+    """
+
     INFERENCE = 1
-    #: The state is restored bit for bit, but there was no configuration to check it against.
     UNVERIFIED = 2
-    #: The state is restored bit for bit and the configuration was checked.
     EXACT = 3
 
     def __str__(self) -> str:
@@ -32,8 +37,10 @@ class SaveReport:
         tensors: Number of stored tensors.
         parametrized: Number of parametrized tensors among what was saved.
         aliases: Names of tied tensors that were stored under another name, with that name.
-        left_out: Keys that ``select`` left out.
+        left_out: Keys that the model has and the file was told not to hold.
         opaque: Parametrized tensors with an unregistered class: their state is saved, their configuration is not known.
+        unconfigured: Parametrized tensors and modules of a registered class whose arguments are not known: they are not
+            JSON, or the object was made before its class was registered.
         needs_orthoserde: Why ``model.load_state_dict(load_file(path))`` would not do without orthoserde; empty if it
             would.
     """
@@ -45,19 +52,22 @@ class SaveReport:
     aliases: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     opaque: tuple[str, ...] = ()
+    unconfigured: tuple[str, ...] = ()
     needs_orthoserde: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
-            f"saved {self.path}: {self.tensors} tensors, {self.parametrized} of the model's tensors parametrized, "
+            f"saved {self.path}: {self.tensors} tensors, {self.parametrized} weights parametrized, "
             f"{self.file_bytes} bytes"
         ]
         if self.aliases:
             lines.append(f"  tied and stored once: {len(self.aliases)}")
         if self.left_out:
-            lines.append(f"  left out by select: {len(self.left_out)}")
+            lines.append(f"  left out: {len(self.left_out)}")
         if self.opaque:
             lines.append(f"  not registered, so a load cannot check their configuration: {shorten(self.opaque)}")
+        if self.unconfigured:
+            lines.append(f"  registered, but made with arguments that are not known: {shorten(self.unconfigured)}")
         lines += [f"  needs orthoserde to load: {reason}" for reason in self.needs_orthoserde]
         return "\n".join(lines)
 
@@ -96,7 +106,8 @@ class LoadReport:
         missing_keys: Keys of the model that the file does not hold (``strict=False`` only).
         unexpected_keys: Keys of the file that the model does not have (``strict=False`` only).
         tensors: What was done with each parametrized tensor, by name.
-        fidelity: The worst over all tensors.
+        fidelity: The worst over all tensors; no better than ``UNVERIFIED`` if any is missing.
+        loaded: Number of tensors that were written or made.
         notes: What else the caller should know, one sentence each.
     """
 
@@ -105,6 +116,7 @@ class LoadReport:
     unexpected_keys: list[str]
     tensors: Mapping[str, TensorReport]
     fidelity: Fidelity
+    loaded: int = 0
     notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -118,11 +130,16 @@ class LoadReport:
         return (self.missing_keys, self.unexpected_keys)[index]
 
     def __str__(self) -> str:
-        lines = [f"loaded {self.path}: {self.fidelity}, {len(self.tensors)} parametrized tensors"]
+        lines = [
+            f"loaded {self.path}: {self.fidelity}, {self.loaded} tensors, {len(self.tensors)} weights parametrized"
+        ]
         for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):
             if keys:
                 lines.append(f"  {label}: {shorten(keys)}")
-        lines += [f"  {report.name}: {report.fidelity}, {report.action}" for report in _notable(self.tensors)]
+        notable = _notable(self.tensors)
+        lines += [f"  {report.name}: {report.fidelity}, {report.action}" for report in notable[:20]]
+        if len(notable) > 20:
+            lines.append(f"  ... and {len(notable) - 20} more (see the tensors attribute)")
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -199,10 +216,10 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def _notable(tensors: Mapping[str, TensorReport], most: int = 20) -> list[TensorReport]:
+def _notable(tensors: Mapping[str, TensorReport]) -> list[TensorReport]:
     """The parametrized tensors of which more is to be said than that they were restored exactly and in place."""
     ranked = sorted(tensors.values(), key=lambda report: report.fidelity)
-    return [report for report in ranked if report.fidelity < Fidelity.EXACT or report.action != RESTORED][:most]
+    return [report for report in ranked if report.fidelity < Fidelity.EXACT or report.action != RESTORED]
 
 
 #: ``str`` of a report lists this many things of a sort.

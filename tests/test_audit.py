@@ -28,7 +28,7 @@ from orthoserde.manifest import (
     TensorRecord,
     join,
 )
-from orthoserde.registry import RegisteredClass
+from orthoserde.parametrizations.weight_norm import WeightNormCodec
 from orthoserde.reports import VerifyReport
 from orthoserde.storage.format import file_header
 from tests.golden.models import FOLDER, MODELS, REGISTRY
@@ -369,49 +369,71 @@ class TestClassesOfTheUser:
         assert not built
 
     def test_a_codec_of_the_user_is_measured(self, tmp_path: Path) -> None:
-        class Halved(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x / 2
+        report = verified_halves(tmp_path / "a", HalvedCodec())
+        assert report.residuals == {"weight": 2.0}
+        assert report.off_constraint == ("weight",)
 
-        class HalvedCodec(RegisteredClass):
-            pass
+    def test_what_follows_it_in_a_chain_is_measured(self, tmp_path: Path) -> None:
+        report = verified_halves(tmp_path / "a", HalvedCodec(), then_orthogonal=True)
+        assert report.ok
+        assert (report.residuals["weight"] or 0.0) < 1e-5
 
-        class MeasuredCodec:
-            """All that a codec is, but not an instance of RegisteredClass."""
+    def test_a_codec_that_fails_is_named(self, tmp_path: Path) -> None:
+        report = verified_halves(tmp_path / "a", HalvedCodec("residual"))
+        assert report.ok
+        assert report.not_measured == {"weight": "test>Halved cannot be measured here: a mistake"}
+        report = verified_halves(tmp_path / "a", HalvedCodec("compute"))
+        assert report.not_measured == {"weight": "test>Halved cannot be computed here: a mistake"}
 
-            def __init__(self, failing: bool) -> None:
-                self.inner = HalvedCodec(Halved, "test>Halved", 1)
-                self.failing = failing
 
-            def __getattr__(self, name: str) -> object:
-                return getattr(self.inner, name)
+class Halved(nn.Module):
+    """A parametrization that a codec of the user's own knows."""
 
-            def config(self, parametrization: nn.Module) -> dict[str, JSON]:
-                return {}
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
 
-            def residual(self, weight: Tensor) -> float:
-                if self.failing:
-                    raise ZeroDivisionError("a mistake\nin the codec")
-                return float(weight.abs().max())
 
-            def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
-                return self.residual(weight) < 1
+class HalvedCodec(WeightNormCodec):
+    """A codec that measures how large a weight is, or raises in one of its methods."""
 
-        path = tmp_path / "layer.safetensors"
-        for failing in (False, True):
-            registry = orthoserde.Registry()
-            registry.add(MeasuredCodec(failing))  # type: ignore[arg-type]
-            layer = nn.Linear(3, 3)
-            layer.weight = nn.Parameter(torch.full((3, 3), 4.0))
-            parametrize.register_parametrization(layer, "weight", Halved())
-            orthoserde.save(layer, path, registry=registry)
-            report = orthoserde.verify(path, registry=registry)
-            if failing:
-                assert report.not_measured == {"weight": "test>Halved cannot be measured here: a mistake"}
-                assert report.ok
-            else:
-                assert report.residuals == {"weight": 2.0}
-                assert report.off_constraint == ("weight",)
+    type: type[nn.Module] = Halved
+    kind = "test>Halved"
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+
+    def _fail(self, method: str) -> None:
+        if method == self.failing:
+            raise ZeroDivisionError("a mistake\nin the codec")
+
+    def config(self, parametrization: nn.Module) -> dict[str, JSON]:
+        return {}
+
+    def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size:
+        return originals["original"]
+
+    def compute(self, config: Mapping[str, JSON], tensors: Mapping[str, Tensor]) -> Tensor:
+        self._fail("compute")
+        return tensors["original"] / 2
+
+    def residual(self, weight: Tensor) -> float | None:
+        self._fail("residual")
+        return float(weight.abs().max())
+
+    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
+        return float(weight.abs().max()) < 1
+
+
+def verified_halves(path: Path, codec: HalvedCodec, *, then_orthogonal: bool = False) -> VerifyReport:
+    registry = orthoserde.Registry()
+    registry.add(codec)
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(torch.full((3, 3), 4.0))
+    parametrize.register_parametrization(layer, "weight", Halved())
+    if then_orthogonal:
+        orthogonal(layer, use_trivialization=False)
+    orthoserde.save(layer, path, registry=registry)
+    return orthoserde.verify(path, registry=registry)
 
 
 class TestOtherLibraries:

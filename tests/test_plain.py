@@ -172,3 +172,20 @@ def test_a_state_dict_file_of_a_parametrized_model_is_unverified(tmp_path: Path)
     with pytest.raises(IncompatibleModelError, match=r"0\.weight: only part of its state"):
         orthoserde.load(other, tmp_path / "half.safetensors", strict=False)
     assert equal(model, other)
+
+
+def test_a_load_that_leaves_something_missing_is_not_exact(tmp_path: Path) -> None:
+    orthoserde.save(nn.ModuleDict({"other": nn.Linear(2, 2)}), tmp_path / "m")
+    report = orthoserde.load(nn.Linear(2, 2), tmp_path / "m", strict=False)
+    assert report.fidelity is Fidelity.UNVERIFIED
+    assert report.loaded == 0
+    assert report.missing_keys == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("wrapped", ["file", "model"])
+def test_a_prefix_on_one_side_is_pointed_out(tmp_path: Path, wrapped: str) -> None:
+    plain, inner = nn.Linear(2, 2), nn.ModuleDict({"module": nn.Linear(2, 2)})
+    model, target = (inner, plain) if wrapped == "file" else (plain, inner)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "m")
+    with pytest.raises(IncompatibleModelError, match=rf"all keys of the {wrapped} begin with 'module\.'"):
+        orthoserde.load(target, tmp_path / "m")

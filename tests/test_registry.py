@@ -476,3 +476,36 @@ def test_a_parametrization_built_for_a_bare_module_uses_no_random_numbers(tmp_pa
     assert orthoserde.load(bare, path, registry=registry).fidelity is Fidelity.EXACT
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(bare.weight, model.weight)
+
+
+def test_an_argument_that_has_no_truth_value_makes_the_configuration_unknown() -> None:
+    registry = Registry()
+
+    @registry.register("tests>Mask")
+    class Mask(nn.Module):
+        def __init__(self, mask: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("mask", mask)
+
+    assert config_of(registry, Mask(torch.ones(2, 2))) is None
+
+
+def test_the_reports_say_what_is_not_known_of_a_registered_class(tmp_path: Path) -> None:
+    registry = Registry()
+
+    @registry.register("tests>Function")
+    class Function(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.function(x)
+            return result
+
+    saved = orthoserde.save(linear(Function(torch.tanh)), tmp_path / "m", registry=registry)
+    assert saved.unconfigured == ("weight",)
+    assert "arguments that are not known: weight" in str(saved)
+    loaded = orthoserde.load(linear(Function(torch.sin)), tmp_path / "m", registry=registry)
+    assert loaded.fidelity is Fidelity.UNVERIFIED
+    assert "the file does not know the configuration of its tests>Function" in str(loaded)

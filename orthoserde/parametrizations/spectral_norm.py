@@ -111,8 +111,11 @@ class SpectralNormCodec:
         return None
 
     def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
-        """Whether the largest singular value is at least 1, as dividing by an estimate from below makes it."""
-        return self._top(weight, config)[1] >= 1 - SIGMA_ROUNDING
+        """Whether the largest singular value is at least 1, as dividing by an estimate from below makes it, but not 2.
+
+        Estimates that training keeps are within a few percent; a weight of 2 and more was never normalised.
+        """
+        return 1 - SIGMA_ROUNDING <= self._top(weight, config)[1] < 2
 
     def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
         """The weight divided by its largest singular value, in double precision; a zero weight has no projection.
@@ -141,8 +144,10 @@ class SpectralNormCodec:
         if weight.ndim == 1:
             return {"original": weight}
         left, sigma, right = self._top(weight, config)
-        if not self.admits(weight, config):
-            raise ConfigError(f"{self.kind}: the weight's largest singular value is {sigma:.6g}, not 1 or above")
+        if sigma < 1 - SIGMA_ROUNDING:
+            raise ConfigError(
+                f"{self.kind}: the weight's largest singular value is {sigma:.6g}, below 1; legacy='project' makes it 1"
+            )
         # W v = sigma u for the leading vectors: turning one of them away by the angle whose cosine is 1 / sigma gives
         # u^H W v = 1. A vector of one entry cannot be turned.
         cosine = min(1.0, 1.0 / sigma)

@@ -76,6 +76,7 @@ def restore(
         unexpected_keys=plan.unexpected,
         tensors=reports,
         fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
+        loaded=len(plan.writes) + len(plan.makes),
         notes=tuple(plan.notes),
     )
 
@@ -116,9 +117,11 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
 
 def _warn(checkpoint: Checkpoint, completed: Completed) -> None:
     if completed.weights:
+        projected = [name for name, weight in completed.weights.items() if weight.projected]
+        outputs = f"projecting changed {shorten(projected)}" if projected else "outputs are equal"
         warnings.warn(
-            f"{checkpoint.origin} has only the computed weight of {shorten(list(completed.weights))}: outputs are "
-            "equal, but training starts in a new chart, not where it was",
+            f"{checkpoint.origin} has only the computed weight of {shorten(list(completed.weights))}: {outputs}, and "
+            "training starts in a new chart, not where it was",
             LegacyCheckpointWarning,
             stacklevel=4,
         )
@@ -130,9 +133,21 @@ def _refuse(checkpoint: Checkpoint, model: nn.Module, plan: Plan, strict: bool) 
         problems += [Problem(key, "missing", "in the model, not in the file") for key in plan.missing]
         problems += [Problem(key, "unexpected", "in the file, not in the model") for key in plan.unexpected]
     if problems:
+        hint = _prefix_hint(plan.missing, plan.unexpected) if strict else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         name = _torch.class_before_parametrizations(_torch.unwrap(model)).__qualname__
-        raise IncompatibleModelError(f"{checkpoint.origin} does not fit {name}, nothing was loaded; {count}:", problems)
+        raise IncompatibleModelError(
+            f"{checkpoint.origin} does not fit {name}, nothing was loaded; {hint}{count}:", problems
+        )
+
+
+def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
+    """Say so if the keys of one side are those of the other behind a prefix, as after saving a wrapped model."""
+    for longer, shorter, side in ((unexpected, missing, "file"), (missing, unexpected, "model")):
+        prefix = f"{longer[0].partition('.')[0]}." if longer else ""
+        if shorter and {key.removeprefix(prefix) for key in longer} == set(shorter) != set(longer):
+            return f"all keys of the {side} begin with {prefix!r} and the others do not: load into that part; "
+    return ""
 
 
 def _report(outcome: Outcome, registry: Registry) -> TensorReport:

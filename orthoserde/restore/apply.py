@@ -30,8 +30,8 @@ def apply(checkpoint: Checkpoint, plan: Plan) -> None:
             _fill(checkpoint, write.stored, write.target)
     except BaseException as error:
         raise LoadInterruptedError(
-            f"{checkpoint.origin}: loading stopped half-way ({type(error).__name__}): the model is partly written; "
-            "load it again or discard it"
+            f"{checkpoint.origin}: loading stopped half-way ({type(error).__name__}: {error}): the model is partly "
+            "written; load it again or discard it"
         ) from error
     finally:
         for outcome in plan.outcomes:
@@ -49,7 +49,7 @@ def _fill(checkpoint: Checkpoint, stored: str, target: Tensor) -> None:
     digest = checkpoint.manifest.tensors[stored].digest
     found = checkpoint.sources[stored].fill(target)
     if digest is not None and found != digest:
-        raise DamagedFileError(f"{checkpoint.origin}: {stored} changed while it was read")
+        raise DamagedFileError(f"{checkpoint.origin}: {stored} is damaged, or changed while it was read")
 
 
 def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:

@@ -38,7 +38,10 @@ def check_ties(checkpoint: Checkpoint, plan: Plan) -> None:
     for tie in plan.ties:
         digests = {_digest(checkpoint, key) for key in tie.stored}
         if len(digests) > 1:
-            plan.mismatch(tie.key, f"one tensor in the model, different ones in the file: {shorten(tie.stored)}")
+            plan.mismatch(
+                tie.key,
+                f"one tensor in the model, different ones in the file: {shorten(tie.stored)}; untie them to load both",
+            )
     for cluster in _overlapping(plan.writes):
         if not _agree(checkpoint, cluster):
             names = shorten([write.key for write in cluster])

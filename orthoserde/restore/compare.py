@@ -20,10 +20,11 @@ from orthoserde.walk import ParametrizedTensor
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found: problems, or how far the two sides can be trusted to mean the same."""
+    """What a comparison found: problems, or how far the two sides can be trusted to mean the same, and why."""
 
     problems: tuple[Problem, ...]
     fidelity: Fidelity
+    reasons: tuple[str, ...] = ()
 
 
 def compare_chain(record: ParametrizedRecord, tensor: ParametrizedTensor, registry: Registry) -> Verdict:
@@ -34,15 +35,17 @@ def compare_chain(record: ParametrizedRecord, tensor: ParametrizedTensor, regist
         text = f"the file has {_kinds(record)}, the model {_classes(links)}; parametrize the model as it was saved"
         return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
     problems: list[Problem] = []
+    reasons: list[str] = []
     fidelity = Fidelity.EXACT
     for stored, link in zip(record.chain, links, strict=True):
         verdict = _compare_link(where, stored, link, registry)
         problems += verdict.problems
+        reasons += verdict.reasons
         fidelity = min(fidelity, verdict.fidelity)
     if not problems and set(record.originals) != set(tensor.originals):
         text = f"the file has {sorted(record.originals)}, the model {sorted(tensor.originals)}"
         problems.append(Problem(where, "mismatch", text))
-    return Verdict(tuple(problems), fidelity)
+    return Verdict(tuple(problems), fidelity, tuple(reasons))
 
 
 def compare_module(record: ModuleRecord, module: nn.Module, registry: Registry) -> Verdict:
@@ -83,7 +86,8 @@ def _compare_link(where: str, stored: ParametrizationRecord, link: nn.Module, re
     if saved_name != cls.__qualname__:
         text = f"the file has the parametrization {saved_name}, the model {cls.__qualname__}"
         return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
-    return Verdict((), Fidelity.UNVERIFIED)
+    reason = f"{cls.__name__} was not registered when it was saved, so its configuration was not checked"
+    return Verdict((), Fidelity.UNVERIFIED, (reason,))
 
 
 def _compare_config(
@@ -108,7 +112,8 @@ def _compare_config(
         return mismatch(f"the file has version {version} of {kind}, this process version {codec.version}; upgrade it")
     ours = codec.config(module)
     if config is None or ours is None:
-        return Verdict((), Fidelity.UNVERIFIED)
+        side = "file" if config is None else "model"
+        return Verdict((), Fidelity.UNVERIFIED, (f"the {side} does not know the configuration of its {kind}",))
     theirs: Mapping[str, JSON] = config
     if version < codec.version:
         try:

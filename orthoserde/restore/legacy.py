@@ -105,8 +105,8 @@ class ComputedWeight:
         return Problem(
             self.name,
             "mismatch",
-            f"its computed weight in the file is off the constraint{distance}: damaged by a resume that left it, or "
-            "rounded; use another checkpoint, or legacy='project' or 'keep' to load it all the same",
+            f"its computed weight in the file is off the constraint{distance}: of a model without it, damaged by a "
+            "resume that left it, or rounded; use another checkpoint, or load it with legacy='project' or 'keep'",
         )
 
 

@@ -124,7 +124,7 @@ class _Planner:
     def _match_live(self, record: ParametrizedRecord, tensor: ParametrizedTensor) -> None:
         verdict = compare_chain(record, tensor, self.registry)
         self.plan.problems += verdict.problems
-        self._own_live(tensor, verdict.fidelity, RESTORED)
+        self._own_live(tensor, verdict.fidelity, "; ".join([RESTORED, *verdict.reasons]))
         # Where the model has a tensor, that says which shape fits; where it has None, only the file and its codec do.
         parts = [self.slots[key] for prefix in prefixes_of(tensor) for key in self.model_parts.get(prefix, ())]
         blind = any(slot.tensor is None for slot in parts)
@@ -262,7 +262,9 @@ class _Planner:
             if (theirs or present) and not self.settled.issuperset(prefixes):
                 odd = (required - present) | (theirs.keys() - ours.keys())
                 if odd:
-                    text = f"only part of its state is on both sides: {', '.join(sorted(odd))} is not"
+                    text = (
+                        f"only part of its state is on both sides ({', '.join(sorted(odd))} is not), which is refused"
+                    )
                     self.plan.mismatch(tensor.name, text)
                     self._settle(prefixes)
 
@@ -276,6 +278,7 @@ class _Planner:
                 recorded.add(id(module))
                 verdict = compare_module(record, module, self.registry)
                 self.plan.problems += verdict.problems
+                self.plan.notes += [f"{record.path or '(model)'}: {reason}" for reason in verdict.reasons]
                 self.plan.lower(verdict.fidelity)
             elif strict and self._owner_of(f"{record.path}.") is None:
                 self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
@@ -409,6 +412,8 @@ class _Planner:
         aliases = self.manifest.aliases if self.manifest.has_configuration else ()
         everything = [*self.manifest.tensors, *aliases]
         self.plan.unexpected = [key for key in everything if key not in self.settled]
+        if self.plan.missing:
+            self.plan.lower(Fidelity.UNVERIFIED)
         stranded = [key for key, buffer in self.transient.items() if buffer.device.type == "meta"]
         if stranded:
             self.plan.notes.append(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orthoserde import json_values
-from orthoserde.errors import FileFormatError
+from orthoserde.errors import DamagedFileError, FileFormatError
 from orthoserde.json_values import JSON
 from orthoserde.tensor_bytes import DTYPES, is_countable
 
@@ -122,7 +122,8 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> Header:
         where: The file, for messages.
 
     Raises:
-        FileFormatError: Not a safetensors header, or one that contradicts itself or the size of the file.
+        FileFormatError: Not a safetensors header, or one that contradicts itself.
+        DamagedFileError: The file is longer or shorter than the header says.
     """
     if not text.startswith(b"{"):
         raise FileFormatError(f"{where}: the header does not begin with '{{': not a safetensors file")
@@ -140,7 +141,7 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> Header:
             raise FileFormatError(f"{where}: header: {key!r} begins at byte {entry.start}, expected {position}")
         position = entry.stop
     if position != data_bytes:
-        raise FileFormatError(
+        raise DamagedFileError(
             f"{where}: the header describes {position} bytes of tensors, the file holds {data_bytes}: "
             "truncated or damaged"
         )

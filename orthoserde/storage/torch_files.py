@@ -85,7 +85,10 @@ def read_torch_file(file: io.FileIO, name: str, start: bytes) -> Checkpoint:
             warnings.simplefilter("ignore")  # about pickles that are odd: either they load, or the error says why not
             content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except _UNPICKLING as error:
-        raise FileFormatError(f"{name}: torch.load(weights_only=True) refuses it: {_first_line(error)}") from error
+        raise FileFormatError(
+            f"{name}: torch's restricted unpickler refuses it ({type(error).__name__}): it is damaged, or holds more "
+            "than tensors; save model.state_dict() by itself"
+        ) from error
     tensors = _checked(content, name)
     records = {
         key: TensorRecord(
@@ -122,7 +125,7 @@ def _checked(content: object, name: str) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise FileFormatError(
                 f"{name}: expected a flat state dict of tensors, got a {type(value).__name__} under {key[:64]!r}; "
-                "if the state dict is inside of it, save that part by itself"
+                f"if that is the state dict, save it by itself: torch.save(content[{key[:64]!r}], ...)"
             )
         tensors[key] = _ordinary(value, key, name)
     return tensors

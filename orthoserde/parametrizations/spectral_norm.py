@@ -60,10 +60,18 @@ class SpectralNormCodec:
             or (iterations is not None if exact else type(iterations) is not int)
         ):
             raise ConfigError(f"{self.kind}: not a configuration of this torch: {dict(config)}")
-        try:
-            built = self.type(like.detach().to("meta"), 1 if exact else iterations, dim, float(eps))
-        except (IndexError, ValueError, RuntimeError, TypeError) as error:
-            raise ConfigError(f"{self.kind}: {error}") from error
+        if not 0 <= dim < like.ndim or (type(iterations) is int and iterations < 1):
+            raise ConfigError(
+                f"{self.kind}: {dict(config)} is out of range for a tensor of the shape {list(like.shape)}"
+            )
+        # torch's constructor runs 15 power iterations on anything that is not a vector, so it is given one.
+        built = self.type(torch.empty(1, dtype=like.dtype, device="meta"), 1, 0, float(eps))
+        vars(built)["dim"] = dim
+        if not exact:
+            vars(built)["n_power_iterations"] = iterations
+            rest = math.prod(size for i, size in enumerate(like.shape) if i != dim)
+            built.register_buffer("_u", torch.empty(like.shape[dim], dtype=like.dtype, device="meta"))
+            built.register_buffer("_v", torch.empty(rest, dtype=like.dtype, device="meta"))
         return built
 
     def tensors(self, parametrization: nn.Module) -> dict[str, Tensor]:

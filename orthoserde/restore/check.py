@@ -21,11 +21,7 @@ def check_digests(checkpoint: Checkpoint) -> None:
     Raises:
         DamagedFileError: Bytes are not those that were saved; every damaged tensor is named.
     """
-    damaged = [
-        key
-        for key, record in checkpoint.manifest.tensors.items()
-        if record.digest is not None and digest_of(checkpoint.sources[key].blocks()) != record.digest
-    ]
+    damaged = checkpoint.damaged()
     if damaged:
         raise DamagedFileError(
             f"{checkpoint.origin}: the bytes of {len(damaged)} tensors are not those that were saved "

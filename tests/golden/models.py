@@ -1,11 +1,13 @@
 """The models of the golden files, with values that come from a formula instead of a random generator.
 
-`python -m tests.golden.models` writes the files that do not exist yet. A file that exists is never written again: it
-stands for every file of its format version that users have.
+`python -m tests.golden.models [FOLDER]` writes the files that do not exist yet. A file that exists is never written
+again: it stands for every file of its format version that users have. `v1` was written under torch 2.13.0, and
+`torch-2.3.1` and `torch-2.15.0` hold the same models as other versions of torch wrote them.
 """
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -168,8 +170,10 @@ def fill_(model: nn.Module) -> nn.Module:
 
 
 if __name__ == "__main__":
+    folder = FOLDER.parent / sys.argv[1] if len(sys.argv) > 1 else FOLDER
+    folder.mkdir(exist_ok=True)
     for name, make in MODELS.items():
-        path = FOLDER / f"{name}.safetensors"
+        path = folder / f"{name}.safetensors"
         if not path.exists():
             print(
                 orthoserde.save(fill_(make()), path, registry=REGISTRY, metadata={"golden": name, "ключ": "значение"})

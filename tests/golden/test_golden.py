@@ -70,6 +70,20 @@ def test_a_golden_file_is_written_the_same_again(name: str, tmp_path: Path) -> N
     assert (tmp_path / "again.safetensors").read_bytes() == path_of(name).read_bytes()
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("folder", ["torch-2.3.1", "torch-2.15.0"])
+def test_a_file_that_another_torch_wrote_loads_the_same(name: str, folder: str) -> None:
+    path = FOLDER.parent / folder / f"{name}.safetensors"
+    model = MODELS[name]()
+    assert orthoserde.load(model, path, registry=REGISTRY).fidelity is FIDELITY[name]
+    with storage.read(path) as checkpoint:
+        assert checkpoint.manifest.writer["torch"].startswith(folder.removeprefix("torch-"))
+        for key, slot in take_inventory(model).slots.items():
+            if slot.tensor is not None:
+                wanted = expected(checkpoint.manifest.kept_key(key), slot.tensor)
+                assert digest_of(iter_bytes(slot.tensor)) == digest_of(iter_bytes(wanted)), key
+
+
 @pytest.mark.parametrize("name", ["orthogonals", "norms"])
 def test_a_golden_file_loads_into_bare_modules_and_meta_ones(name: str) -> None:
     def bare(device: str) -> torch.nn.Module:

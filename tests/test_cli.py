@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 INSPECT_USERS = """\
 users.safetensors
-  file         8,624 bytes
+  file         8,648 bytes
   tensors      18 stored, 456 bytes
   written by   orthoserde 0.1.0.dev0, torch 2.13.0+cpu
   metadata     golden: users

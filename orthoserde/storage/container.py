@@ -1,7 +1,7 @@
 """The safetensors container: header bytes to a table of tensors, and back.
 
 Source: the format section of safetensors' README (version 0.8). A file is eight bytes of little-endian header length, a
-JSON header padded with spaces to a multiple of eight, and the tensors' row-major bytes without gaps.
+JSON header padded with spaces (here to 64 bytes in all), and the tensors' row-major bytes without gaps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from orthoserde.json_values import JSON
 from orthoserde.tensor_bytes import DTYPES, is_countable
 
 LENGTH_BYTES = 8
+#: Tensor data begins at a multiple of this many bytes, so that copies out of the page cache go by whole cache lines.
+ALIGNMENT = 64
+
 MAX_HEADER_BYTES = 100_000_000
 
 #: Names of dtypes in the container, by torch's.
@@ -105,7 +108,7 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
         header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json_values.encode_in_order(header).encode("utf-8")
-    text += b" " * (-len(text) % LENGTH_BYTES)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise FileFormatError(
             f"the header needs {len(text)} bytes and readers accept {MAX_HEADER_BYTES}: too many tensors for one file"

@@ -218,6 +218,19 @@ class RegisteredClass:
         return upgraded
 
 
+def current_config(codec: Codec, config: Mapping[str, JSON] | None, version: int) -> dict[str, JSON] | None:
+    """A configuration of a file in the codec's own version; None where the file does not know it.
+
+    Raises:
+        ConfigError: The file's version is newer, or cannot be upgraded.
+    """
+    if version > codec.version:
+        raise ConfigError(f"the file has version {version} of {codec.kind}, this process version {codec.version}")
+    if config is None:
+        return None
+    return codec.upgrade(dict(config), version) if version < codec.version else dict(config)
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a module and its children, by dotted name, None left out."""
     found: dict[str, Tensor] = dict(_torch.own_parameters(module))

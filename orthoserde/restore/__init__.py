@@ -12,7 +12,7 @@ from torch import nn
 from orthoserde import _torch, evaluate
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
-from orthoserde.registry import Registry
+from orthoserde.registry import Registry, current_config
 from orthoserde.reports import LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
 from orthoserde.restore.check import check_digests, check_ties
@@ -99,17 +99,13 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
         raise ConfigError(
             f"{checkpoint.origin}: {root.kind} is not registered in this process; register the class first"
         )
-    if root.config is None:
-        raise ConfigError(
-            f"{checkpoint.origin}: the arguments of {root.kind} were not JSON, so they are not in the file; give the "
-            "class get_config and from_config, or make the model yourself and use load"
-        )
-    if root.version > codec.version:
-        raise ConfigError(f"{checkpoint.origin}: version {root.version} of {root.kind}, this process {codec.version}")
-    config = dict(root.config)
     with _torch.undisturbed():
-        if root.version < codec.version:
-            config = codec.upgrade(config, root.version)
+        config = current_config(codec, root.config, root.version)
+        if config is None:
+            raise ConfigError(
+                f"{checkpoint.origin}: the arguments of {root.kind} were not JSON, so they are not in the file; give the "
+                "class get_config and from_config, or make the model yourself and use load"
+            )
         model = codec.build(config, torch.empty(0, device=torch.device("cpu" if device is None else device)))
     restore(checkpoint, model, registry, device=device)
     return model

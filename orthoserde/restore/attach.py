@@ -13,10 +13,9 @@ from torch.nn.utils import parametrize
 
 from orthoserde import _torch
 from orthoserde.errors import ConfigError, Problem
-from orthoserde.json_values import JSON
 from orthoserde.manifest import OPAQUE, ParametrizationRecord, ParametrizedRecord, TensorRecord
 from orthoserde.parametrizations import codec_for_kind
-from orthoserde.registry import Registry
+from orthoserde.registry import Registry, current_config
 from orthoserde.tensor_bytes import DTYPES
 
 
@@ -147,16 +146,12 @@ def _build_link(link: ParametrizationRecord, like: Tensor, registry: Registry) -
             f"plain in the model, parametrized by {name} in the file, which is not registered in this process; "
             "register the class, or parametrize the module before loading"
         )
-    if link.config is None:
+    config = current_config(codec, link.config, link.version)
+    if config is None:
         raise ConfigError(
             f"the file does not say how {name} was configured, so it cannot be built; "
             "parametrize the module before loading"
         )
-    if link.version > codec.version:
-        raise ConfigError(f"the file has version {link.version} of {name}, this process version {codec.version}")
-    config: dict[str, JSON] = dict(link.config)
-    if link.version < codec.version:
-        config = codec.upgrade(config, link.version)
     return codec.build(config, like)
 
 

@@ -13,7 +13,7 @@ from orthoserde.errors import ConfigError, Problem
 from orthoserde.json_values import JSON, same
 from orthoserde.manifest import OPAQUE, Manifest, ModuleRecord, ParametrizationRecord, ParametrizedRecord
 from orthoserde.parametrizations import codec_for_kind, codec_for_type
-from orthoserde.registry import Codec, Registry
+from orthoserde.registry import Codec, Registry, current_config
 from orthoserde.reports import Fidelity
 from orthoserde.walk import ParametrizedTensor
 
@@ -108,18 +108,14 @@ def _compare_config(
         )
     if codec.kind != kind:
         return mismatch(f"the file has {kind}, the model {codec.kind}")
-    if version > codec.version:
-        return mismatch(f"the file has version {version} of {kind}, this process version {codec.version}; upgrade it")
     ours = codec.config(module)
-    if config is None or ours is None:
-        side = "file" if config is None else "model"
+    try:
+        theirs = current_config(codec, config, version)
+    except ConfigError as error:
+        return mismatch(str(error))
+    if theirs is None or ours is None:
+        side = "file" if theirs is None else "model"
         return Verdict((), Fidelity.UNVERIFIED, (f"the {side} does not know the configuration of its {kind}",))
-    theirs: Mapping[str, JSON] = config
-    if version < codec.version:
-        try:
-            theirs = codec.upgrade(dict(config), version)
-        except ConfigError as error:
-            return mismatch(str(error))
     problems = tuple(
         Problem(
             where, "mismatch", f"{kind}: {name} is {theirs.get(name)!r} in the file, {ours.get(name)!r} in the model"

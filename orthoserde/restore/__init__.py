@@ -103,8 +103,8 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
         config = current_config(codec, root.config, root.version)
         if config is None:
             raise ConfigError(
-                f"{checkpoint.origin}: the arguments of {root.kind} were not JSON, so they are not in the file; give the "
-                "class get_config and from_config, or make the model yourself and use load"
+                f"{checkpoint.origin}: the arguments of {root.kind} were not JSON, so they are not in the file; give "
+                "the class get_config and from_config, or make the model yourself and use load"
             )
         model = codec.build(config, torch.empty(0, device=torch.device("cpu" if device is None else device)))
     restore(checkpoint, model, registry, device=device)

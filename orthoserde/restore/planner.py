@@ -152,11 +152,13 @@ class _Planner:
                 record.name,
                 f"parametrized in the file ({kinds}), plain in the model; parametrize it, or let load do it",
             )
+            self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
+            return
         links = build_links(
             record, bare, {key: self._stored(key) for key in record.tensor_keys()}, self.registry, self.device
         )
-        if isinstance(links, list) or not reparametrize:
-            self.plan.problems += links if isinstance(links, list) else []
+        if isinstance(links, list):
+            self.plan.problems += links
             self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
             return
         problem = contradiction(record, self.manifest, self.registry)

@@ -7,6 +7,8 @@ import functools
 import gc
 import pstats
 import statistics
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -38,6 +40,9 @@ MOST_TIMES_AS_LONG = 8.0
 
 #: Two and a half times as many tensors (``FEW`` against ``FEW_PROFILED``) may take this many times as much memory.
 MOST_TIMES_AS_MUCH_MEMORY = 4.0
+
+#: MiB that a save and a load of ten thousand tensors may take; the manifest alone is some ten of them as text.
+MOST_MIB = 300
 
 #: Seconds within which the own time of one function says nothing.
 NOISE = 0.05
@@ -83,12 +88,13 @@ def bare(count: int) -> Model:
 class Models:
     """Parametrized models by size, which share their modules, and a file of each."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sizes: tuple[int, ...] = SIZES) -> None:
         self.modules = list(bare(MANY).all)
         for index, module in enumerate(self.modules):
             parametrize.register_parametrization(module, "weight", Scaled(), unsafe=True)
             nn.init.constant_(next(module.parameters()), index)
-        self.by_size = {count: Model(cast("list[Small]", self.modules[:count])) for count in SIZES}
+        self.by_size = {count: Model(cast("list[Small]", self.modules[:count])) for count in sizes}
+        self.whole = Model(cast("list[Small]", self.modules))
         self.files = {count: folder / f"{count}.safetensors" for count in self.by_size}
         for count, model in self.by_size.items():
             orthoserde.save(model, self.files[count], registry=REGISTRY)
@@ -177,6 +183,44 @@ def test_time_is_linear(verb: str, models: Models, record_property: Record) -> N
     ratio = taken[MANY] / taken[FEW]
     print(f"{verb}: {taken[FEW]:.2f} s for {FEW} tensors, {taken[MANY]:.2f} s for {MANY}, {ratio:.1f} times")
     assert ratio < MOST_TIMES_AS_LONG
+
+
+#: Runs in a process of its own, whose peak memory says what a save and a load take beyond the model.
+PEAKS = """
+import gc, sys
+from pathlib import Path
+from tests.continuation.test_scale import MANY, Models, REGISTRY
+import orthoserde
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
+
+def reset():  # what building the model took at its peak is not the question
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+
+models = Models(Path(sys.argv[1]), sizes=())
+model, path = models.whole, Path(sys.argv[1]) / "many"
+reset()
+peaks = [peak()]
+orthoserde.save(model, path, registry=REGISTRY)
+peaks.append(peak())
+orthoserde.load(model, path, registry=REGISTRY)
+print(*peaks, peak())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_the_memory_for_ten_thousand_tensors_is_recorded(tmp_path: Path, record_property: Record) -> None:
+    command = [sys.executable, "-c", PEAKS, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+    before, saved, loaded = map(int, found.split())
+    record_property("save_peak_mib", saved - before)
+    record_property("load_peak_mib", loaded - before)
+    print(f"beyond a model of {MANY} tensors: save {saved - before} MiB, load {loaded - before} MiB")
+    assert loaded - before < MOST_MIB
 
 
 def superlinear_functions(make: Callable[[int], Action]) -> dict[str, tuple[float, float]]:

@@ -13,7 +13,7 @@ from orthoserde import _torch, json_values
 from orthoserde._version import __version__
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
-from orthoserde.evaluate import computed
+from orthoserde.evaluate import codecs_of, computed
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
@@ -204,8 +204,7 @@ def weight_shape(tensor: ParametrizedTensor, registry: Registry) -> torch.Size |
     """Shape of the computed tensor; None where only running it would tell."""
     shapes: dict[str, torch.Size] = {name: original.shape for name, original in tensor.originals.items()}
     shape: torch.Size | None = None
-    for parametrization in tensor.parametrizations:
-        codec = codec_for_type(registry, _torch.class_before_parametrizations(_torch.unwrap(parametrization)))
+    for codec in codecs_of(tensor, registry):
         shape = None if codec is None else codec.shape(shapes)
         if shape is None:
             return None

@@ -32,7 +32,7 @@ def compare_chain(record: ParametrizedRecord, tensor: ParametrizedTensor, regist
     where = record.name
     links = [_torch.unwrap(link) for link in tensor.parametrizations]
     if len(links) != len(record.chain):
-        text = f"the file has {_kinds(record)}, the model {_classes(links)}; parametrize the model as it was saved"
+        text = f"the file has {kinds_of(record)}, the model {_classes(links)}; parametrize the model as it was saved"
         return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
     problems: list[Problem] = []
     reasons: list[str] = []
@@ -126,7 +126,8 @@ def _compare_config(
     return Verdict(problems, Fidelity.EXACT)
 
 
-def _kinds(record: ParametrizedRecord) -> str:
+def kinds_of(record: ParametrizedRecord) -> str:
+    """The kinds of a chain for a message, classes where they are not registered."""
     return ", then ".join(link.class_name or link.kind for link in record.chain)
 
 

@@ -12,8 +12,8 @@ from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
 from orthoserde.registry import Registry
 from orthoserde.reports import RESTORED, Fidelity, shorten
 from orthoserde.restore.attach import Attachment, build_links
-from orthoserde.restore.compare import compare_chain, compare_module, contradiction
-from orthoserde.restore.names import local_names, parts_by_prefix, prefixes_in, prefixes_of
+from orthoserde.restore.compare import compare_chain, compare_module, contradiction, kinds_of
+from orthoserde.restore.names import local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
 from orthoserde.restore.places import Owner, Place, same_layout
 from orthoserde.restore.plan import Make, Outcome, Plan, Tie, Write
 from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap, overlap, storage_of
@@ -141,25 +141,26 @@ class _Planner:
             return  # the model has no such tensor: its keys are unexpected
         paths = self.paths[id(module)]
         plain_keys = [join(path, name) for path in paths]
+        prefixes = [join(path, "parametrizations", name) for path in paths]
+        prefix = join(record.module, "parametrizations", name)
         other = self.attached.setdefault((id(module), name), record.name)
         if other != record.name:
             self.plan.mismatch(record.name, f"separate from {other} in the file, the same module in the model")
-            self._settle([join(record.module, "parametrizations", name)])
+            self._settle([prefix])
             return
         if not reparametrize:
-            kinds = ", then ".join(link.class_name or link.kind for link in record.chain)
             self.plan.mismatch(
                 record.name,
-                f"parametrized in the file ({kinds}), plain in the model; parametrize it, or let load do it",
+                f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, or let load do it",
             )
-            self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
+            self._settle([*plain_keys, *prefixes])
             return
         links = build_links(
             record, bare, {key: self._stored(key) for key in record.tensor_keys()}, self.registry, self.device
         )
         if isinstance(links, list):
             self.plan.problems += links
-            self._settle([*plain_keys, *(join(path, "parametrizations", name) for path in paths)])
+            self._settle([*plain_keys, *prefixes])
             return
         problem = contradiction(record, self.manifest, self.registry)
         if problem is not None:
@@ -170,7 +171,6 @@ class _Planner:
         first = self._stored(record.original_key(next(iter(record.originals))))
         outcome = Outcome(record.name, module, name, Fidelity.EXACT, "parametrization attached")
         self.plan.outcomes.append(outcome)
-        prefix = join(record.module, "parametrizations", name)
         self.owners[prefix] = Owner(outcome, bare.device, bare.dtype, first.dtype)
         for key in plain_keys:
             self.slots.pop(key, None)
@@ -191,7 +191,7 @@ class _Planner:
             outcome.action += ", as new parameters"
             self.plan.notes.append(f"{record.name}: its parameters are new; build the optimizer after the load")
         # The same module object under other paths: its file keys are aliases of those that were matched.
-        self._settle(join(path, "parametrizations", name) for path in paths if path != record.module)
+        self._settle(each for each in prefixes if each != prefix)
 
     def _adopt(self, link: nn.Module, prefix: str) -> None:
         """Take a parametrization that is about to be attached into the plan."""
@@ -231,7 +231,7 @@ class _Planner:
     def _match_unrecorded(self, tensor: ParametrizedTensor) -> None:
         """A tensor that is parametrized in the model, and of whose parametrization the file says nothing."""
         prefixes = prefixes_of(tensor)
-        plain = [join(path, tensor.tensor_name) for path in (tensor.module_path, *tensor.aliases)]
+        plain = tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)
         if any(prefix in self.file_parts for prefix in prefixes):
             if self.manifest.has_configuration:
                 self.plan.mismatch(tensor.name, "the file has its tensors, but no record of its parametrization")

@@ -6,6 +6,7 @@
 
 from orthoserde._version import __version__
 from orthoserde.api import build, inspect, load, save, verify
+from orthoserde.codec import Codec
 from orthoserde.errors import (
     CheckpointNotFoundError,
     CommitUncertainError,
@@ -23,7 +24,7 @@ from orthoserde.errors import (
     UnsupportedModuleError,
 )
 from orthoserde.manifest import Manifest
-from orthoserde.registry import Codec, Registry, default_registry, register
+from orthoserde.registry import Registry, default_registry, register
 from orthoserde.reports import Fidelity, LoadReport, SaveReport, TensorReport, VerifyReport
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 

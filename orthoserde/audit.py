@@ -21,11 +21,13 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.codec import Codec
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, join
 from orthoserde.parametrizations import TORCH_CODECS, codec_for_kind
-from orthoserde.registry import Codec, RegisteredClass, Registry
+from orthoserde.registered_class import RegisteredClass
+from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
 from orthoserde.tensor_bytes import DTYPES, dtype_name
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from orthoserde import _torch, json_values
 from orthoserde._version import __version__
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
+from orthoserde.codec import Codec, own_tensors
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
 from orthoserde.evaluate import codecs_of, computed
 from orthoserde.json_values import JSON
@@ -26,7 +27,7 @@ from orthoserde.manifest import (
     check_references,
 )
 from orthoserde.parametrizations import codec_for_type
-from orthoserde.registry import Codec, Registry, own_tensors
+from orthoserde.registry import Registry
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
 from orthoserde.tensor_bytes import dtype_name, iter_bytes
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory

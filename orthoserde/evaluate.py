@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from orthoserde import _torch
+from orthoserde.codec import Codec
 from orthoserde.parametrizations import codec_for_type
-from orthoserde.registry import Codec, Registry
+from orthoserde.registry import Registry
 from orthoserde.walk import ParametrizedTensor
 
 

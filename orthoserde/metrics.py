@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch, evaluate
-from orthoserde.registry import Registry, own_tensors
+from orthoserde.codec import own_tensors
+from orthoserde.registry import Registry
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 #: Takes one mapping for each parametrized tensor: names of metrics to strings and numbers, None where not measured.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from orthoserde.codec import Codec
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.parametrizations.spectral_norm import SpectralNormCodec
 from orthoserde.parametrizations.weight_norm import WeightNormCodec
-from orthoserde.registry import Codec, Registry
+from orthoserde.registry import Registry
 
 TORCH_CODECS: tuple[Codec, ...] = (OrthogonalCodec(), WeightNormCodec(), SpectralNormCodec())
 

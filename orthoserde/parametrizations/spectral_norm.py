@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
+from orthoserde.codec import own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
-from orthoserde.registry import own_tensors
 
 #: More power iterations than anybody wants; a file that asks for more would only make training hang.
 MOST_ITERATIONS = 1_000_000

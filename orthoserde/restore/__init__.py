@@ -11,8 +11,9 @@ from torch import nn
 
 from orthoserde import _torch, evaluate
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
-from orthoserde.registry import Registry, current_config
+from orthoserde.registry import Registry
 from orthoserde.reports import LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
 from orthoserde.restore.check import check_digests, check_ties

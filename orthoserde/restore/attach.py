@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from orthoserde import _torch
+from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.manifest import OPAQUE, ParametrizationRecord, ParametrizedRecord, TensorRecord
 from orthoserde.parametrizations import codec_for_kind
-from orthoserde.registry import Registry, current_config
+from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import DTYPES
 
 

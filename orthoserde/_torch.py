@@ -123,6 +123,19 @@ def has_extra_state(module: nn.Module) -> bool:
     return "get_extra_state" in vars(module) or type(module).get_extra_state is not nn.Module.get_extra_state
 
 
+def state_of_its_own(module: nn.Module) -> list[str]:
+    """Names of the state-dict entries that a module makes itself, beside its tensors."""
+    own = [] if is_fsdp1(module) or not saves_itself(module) else list(saved_by_itself(module))
+    extra = ["_extra_state"] if has_extra_state(module) else []
+    return [*own, *extra]
+
+
+def moves_its_buffers(module: nn.Module) -> bool:
+    """Whether running the module in training mode changes its buffers, also when all of its parameters are frozen."""
+    running = getattr(module, "track_running_stats", False)
+    return isinstance(module, SpectralNormModule) or (isinstance(module, nn.modules.batchnorm._NormBase) and running)
+
+
 def overrides_dispatch(tensor: Tensor) -> bool:
     """Whether a tensor subclass computes for itself (DTensor, fake), so that its memory is not its elements."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__

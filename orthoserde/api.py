@@ -15,6 +15,7 @@ from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
+from orthoserde.scope import Select
 
 
 def save(
@@ -22,6 +23,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     include_weights: bool = False,
+    select: Select = None,
     metadata: Mapping[str, str] | None = None,
     registry: Registry | None = None,
     debug: bool | Sink | None = None,
@@ -39,6 +41,12 @@ def save(
         path: The file to create or replace. A symbolic link is followed.
         include_weights: Add the computed tensors under their plain names, for readers that know nothing of
             parametrizations. They are worked out from the state, and are no part of it: a load ignores them.
+        select: Which tensors to save. None saves everything; but of a model that holds an adapter (LoReFT, pyreft, or a
+            class registered with ``adapter=True``) it leaves out the frozen tensors outside of the adapters: parameters
+            that require no gradient, and the buffers of modules without a trainable parameter of their own, running
+            statistics excepted. ``"all"`` saves everything, ``"trainable"`` leaves out every frozen tensor, and a
+            callable is asked with key and tensor. A parametrized tensor is saved whole if any of its parts is selected.
+            What is left out is named in the report and in the file, and a strict load does not ask for it.
         metadata: Strings of your own, kept in the file.
         registry: Names of your classes; those of ``orthoserde.register`` by default.
         debug: Report residuals, norms, bytes and seconds of each parametrized tensor: True to the ``orthoserde`` logger
@@ -51,7 +59,8 @@ def save(
     Raises:
         UnsupportedModuleError: The model holds state that would be lost (quantized modules, extra state, DTensors, lazy
             or meta tensors, sparse layouts); every such place is listed, and nothing is written.
-        ConfigError: A ``get_config`` returns other than JSON, or ``metadata`` holds other than strings.
+        ConfigError: A ``get_config`` returns other than JSON, ``metadata`` holds other than strings, or ``select`` is
+            something else or selects nothing.
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
 
@@ -70,7 +79,7 @@ def save(
     registry = default_registry if registry is None else registry
     sink = sink_of(debug)
     watch = None if sink is None else Watch("save", model, registry)
-    with capture(model, registry, include_weights=include_weights, metadata=metadata) as checkpoint:
+    with capture(model, registry, include_weights=include_weights, select=select, metadata=metadata) as checkpoint:
         file_bytes = storage.write(checkpoint, path)
         report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
     if sink is not None and watch is not None:
@@ -161,7 +170,8 @@ def build(
     """Make the model that a file was saved from, and load it.
 
     The class of the model must be registered here under the kind that the file names; it is constructed with the
-    configuration in the file. Random generators are left as they are, whatever the constructor draws.
+    configuration in the file. Random generators are left as they are, whatever the constructor draws. Of a file that
+    holds an adapter alone (see ``select`` of :func:`save`), the adapter is made.
 
     Args:
         path: A file of :func:`save`.
@@ -173,7 +183,7 @@ def build(
 
     Raises:
         ConfigError: The file does not say what the model was, or its kind is not registered in this process, or the
-            class does not take the configuration.
+            class does not take the configuration, or tensors of the model were left out.
         IncompatibleModelError: The class makes a model that does not fit the file; nothing is returned.
         CheckpointNotFoundError: There is no such file.
         FileAccessError: The system refuses to open or read it.
@@ -272,6 +282,8 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
     reasons: list[str] = []
     if manifest.aliases:
         reasons.append("tied tensors are stored once")
+    if manifest.left_out:
+        reasons.append("some tensors were left out, which a strict load_state_dict asks for")
     if manifest.computed:
         reasons.append("computed tensors are among them, which a strict load_state_dict does not expect")
     if any(record.dtype == "complex128" for record in manifest.tensors.values()):

@@ -26,8 +26,10 @@ from orthoserde.manifest import (
     TensorRecord,
     check_references,
 )
+from orthoserde.names import original_keys
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
+from orthoserde.scope import Select, scope_of
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
 from orthoserde.tensor_bytes import dtype_name, iter_bytes
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
@@ -38,6 +40,7 @@ def capture(
     registry: Registry,
     *,
     include_weights: bool = False,
+    select: Select = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Describe a model as a checkpoint that follows it until it is read.
@@ -46,36 +49,40 @@ def capture(
         model: Any module.
         registry: Names of the user's classes.
         include_weights: Whether to add the computed tensors.
+        select: Which tensors to hold; see :func:`orthoserde.scope.scope_of`.
         metadata: The user's own strings.
 
     Raises:
         UnsupportedModuleError: The model holds state that would be lost; every such place is listed.
-        ConfigError: A registered class gives a configuration that is not JSON.
+        ConfigError: A registered class gives a configuration that is not JSON, or ``select`` selects nothing.
     """
     with _torch.undisturbed():
         inventory = take_inventory(model)
-        named = [(key, slot.tensor) for key, slot in inventory.slots.items() if slot.tensor is not None]
+        scope = scope_of(inventory, registry, select)
         problems = [
-            *inventory.problems,
-            *(problem for key, tensor in named for problem in _storage_problems(key, tensor)),
+            *scope.problems,
+            *(problem for key, tensor in scope.tensors.items() for problem in _storage_problems(key, tensor)),
         ]
         if problems:
             raise UnsupportedModuleError(
                 f"cannot save {type(_torch.unwrap(model)).__qualname__} without losing state", problems
             )
-        tensors, aliases = _unique_tensors(named)
+        tensors, aliases = _unique_tensors(scope.tensors)
+        left_out = set(scope.left_out)
+        parametrized = [tensor for tensor in inventory.parametrized if left_out.isdisjoint(original_keys(tensor))]
         manifest = Manifest(
             tensors={key: _record(tensor, inventory.slots[key].parameter) for key, tensor in tensors.items()},
             aliases=aliases,
-            parametrized=tuple(_parametrized_record(tensor, registry) for tensor in inventory.parametrized),
+            parametrized=tuple(_parametrized_record(tensor, registry) for tensor in parametrized),
             modules=tuple(_module_records(inventory, registry)),
+            left_out=scope.left_out,
             metadata=_checked_metadata(metadata or {}),
             writer={"orthoserde": __version__, "torch": str(torch.__version__)},
         )
         check_references(manifest, f"cannot save {type(_torch.unwrap(model)).__qualname__}")
         sources: dict[str, TensorSource] = {key: LiveTensor(tensors[key].detach()) for key in manifest.tensors}
         if include_weights:
-            extra = {tensor.name: _computed(tensor, registry) for tensor in inventory.parametrized}
+            extra = {tensor.name: _computed(tensor, registry) for tensor in parametrized}
             records = {key: _record(weight, parameter=False) for key, (weight, _) in extra.items()}
             manifest = dataclasses.replace(manifest, tensors={**manifest.tensors, **records}, computed=tuple(extra))
             sources |= {key: source for key, (_, source) in extra.items()}
@@ -121,12 +128,12 @@ def _computed(tensor: ParametrizedTensor, registry: Registry) -> tuple[Tensor, T
     return torch.empty(shape, dtype=list(tensor.originals.values())[-1].dtype, device="meta"), source
 
 
-def _unique_tensors(named: list[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unique_tensors(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by their first key, and the other keys of tensors that are the same memory seen the same way."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for key, tensor in named:
+    for key, tensor in named.items():
         kept = first.setdefault(identity(tensor), key)
         if kept == key:
             tensors[key] = tensor

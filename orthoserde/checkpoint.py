@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -104,6 +105,15 @@ class Checkpoint:
             for key, record in self.manifest.tensors.items()
             if record.digest is not None and tensor_bytes.digest_of(self.sources[key].blocks()) != record.digest
         ]
+
+    def below(self, path: str) -> Checkpoint:
+        """The same tensors in names that begin at a module; all of them must be below its path.
+
+        Raises:
+            ValueError: A tensor is not below that path.
+        """
+        sources = {key[len(path) + 1 :]: source for key, source in self.sources.items()}
+        return dataclasses.replace(self, manifest=self.manifest.below(path), sources=sources)
 
     def snapshot(self) -> Checkpoint:
         """Copy every tensor into memory, so that the result no longer follows the model or needs the file."""

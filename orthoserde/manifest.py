@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -163,6 +164,34 @@ class Manifest:
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors or key in self.aliases
+
+    def below(self, path: str) -> Manifest:
+        """What it says of one module, in names that begin there; all stored tensors must be below its path.
+
+        Raises:
+            ValueError: A tensor is not below that path.
+        """
+
+        def strip(name: str) -> str:
+            if name != path and not name.startswith(f"{path}."):
+                raise ValueError(f"{name!r} is not below {path!r}")
+            return name[len(path) + 1 :]
+
+        def inside(name: str) -> bool:
+            return name == path or name.startswith(f"{path}.")
+
+        return dataclasses.replace(
+            self,
+            tensors={strip(key): record for key, record in self.tensors.items()},
+            aliases={strip(key): strip(kept) for key, kept in self.aliases.items()},
+            parametrized=tuple(
+                dataclasses.replace(r, module=strip(r.module), aliases=tuple(map(strip, r.aliases)))
+                for r in self.parametrized
+            ),
+            modules=tuple(dataclasses.replace(r, path=strip(r.path)) for r in self.modules if inside(r.path)),
+            computed=tuple(map(strip, self.computed)),
+            left_out=tuple(strip(key) for key in self.left_out if inside(key)),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent.parent
 
 SIGNATURES = {
     "build": "(path, *, device=None, registry=None)",
-    "save": "(model, path, *, include_weights=False, metadata=None, registry=None, debug=None)",
+    "save": "(model, path, *, include_weights=False, select=None, metadata=None, registry=None, debug=None)",
     "load": (
         "(model, path, *, strict=True, legacy='inference', reparametrize=True, device=None, verify=True, "
         "registry=None, debug=None)"
     ),
     "inspect": "(path)",
     "verify": "(path, *, registry=None)",
-    "register": "(kind, version=1)",
+    "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
 }
 

@@ -89,6 +89,8 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
         ConfigError: The root is not registered, there or here, or its class does not take the configuration.
         IncompatibleModelError: The class makes a model that does not fit.
     """
+    if checkpoint.manifest.left_out:
+        checkpoint = _adapter_alone(checkpoint)
     root = next((record for record in checkpoint.manifest.modules if record.path == ""), None)
     if root is None:
         raise ConfigError(
@@ -110,6 +112,26 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
         model = codec.build(config, torch.empty(0, device=torch.device("cpu" if device is None else device)))
     restore(checkpoint, model, registry, device=device)
     return model
+
+
+def _adapter_alone(checkpoint: Checkpoint) -> Checkpoint:
+    """The part of a selection that can be built: a registered module below which all of its tensors are.
+
+    Raises:
+        ConfigError: There is none, or that part is itself a selection.
+    """
+    manifest = checkpoint.manifest
+    keys = [*manifest.tensors, *manifest.aliases]
+    for record in sorted(manifest.modules, key=lambda record: len(record.path)):
+        prefix = f"{record.path}."
+        if record.path and all(key.startswith(prefix) for key in keys):
+            if any(key.startswith(prefix) for key in manifest.left_out):
+                break
+            return checkpoint.below(record.path)
+    raise ConfigError(
+        f"{checkpoint.origin}: holds a selection of the tensors of its model ({len(manifest.left_out)} were left out); "
+        "make the model yourself and use load"
+    )
 
 
 def _warn(checkpoint: Checkpoint, completed: Completed) -> None:

@@ -20,8 +20,8 @@ from orthoserde.errors import ConfigError, DamagedFileError, Problem
 from orthoserde.evaluate import codecs_of
 from orthoserde.json_values import JSON
 from orthoserde.manifest import TensorRecord, join
+from orthoserde.names import parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.registry import Registry
-from orthoserde.restore.names import parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from orthoserde import _torch
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
+from orthoserde.names import local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
 from orthoserde.registry import Registry
 from orthoserde.reports import RESTORED, Fidelity, shorten
 from orthoserde.restore.attach import Attachment, build_links
 from orthoserde.restore.compare import compare_chain, compare_module, contradiction, kinds_of
-from orthoserde.restore.names import local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
 from orthoserde.restore.places import Owner, Place, same_layout
 from orthoserde.restore.plan import Make, Outcome, Plan, Tie, Write
 from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap, overlap, storage_of
@@ -76,6 +76,9 @@ class _Planner:
         self.swaps: list[tuple[str, Tensor]] = []
         #: Keys that need no further word: a step has matched them, or said what is wrong with them.
         self.settled: set[str] = set(manifest.computed)
+        self.left_out = set(manifest.left_out)
+        self.stored_below = _with_parents([*manifest.tensors, *manifest.aliases])
+        self.left_out_below = _with_parents(manifest.left_out)
         self._take(inventory)
 
     def _take(self, inventory: Inventory) -> None:
@@ -86,8 +89,11 @@ class _Planner:
         self.slots |= inventory.slots
         for path, module in inventory.modules.items():
             self.paths.setdefault(id(module), []).append(path)
-        self.plan.problems += inventory.problems
-        self.settled.update(problem.where for problem in inventory.problems)
+        for problem in inventory.problems:
+            # What the file was told not to hold need not be restorable either.
+            if problem.where in self.stored_below or problem.where not in self.left_out_below:
+                self.plan.problems.append(problem)
+                self.settled.add(problem.where)
 
     def _stored(self, key: str) -> TensorRecord:
         return self.manifest.tensors[self.manifest.kept_key(key)]
@@ -298,14 +304,13 @@ class _Planner:
         for slot in self.slots.values():
             place = (id(slot.module), slot.name) if slot.tensor is None else id(slot.tensor)
             groups.setdefault(place, []).append(slot)
-        left_out = set(self.manifest.left_out)
         for slots in groups.values():
             open_slots = [slot for slot in slots if slot.key not in self.settled]
             found = [slot for slot in open_slots if slot.key in self.manifest]
             if found:
                 self._match_tensor(found, slots)
             elif slots[0].tensor is not None or self._wants(slots[0]):
-                self.plan.missing += [slot.key for slot in open_slots if slot.key not in left_out]
+                self.plan.missing += [slot.key for slot in open_slots if slot.key not in self.left_out]
 
     def _wants(self, slot: Slot) -> bool:
         """Whether a buffer is None that should not be: no configuration says that it was None when it was saved."""
@@ -416,8 +421,25 @@ class _Planner:
         self.plan.unexpected = [key for key in everything if key not in self.settled]
         if self.plan.missing:
             self.plan.lower(Fidelity.UNVERIFIED)
+        unplaced = [key for key in self.manifest.left_out if self._is_meta(key)]
+        if unplaced:
+            self.plan.notes.append(f"still on the meta device, because the file leaves them out: {shorten(unplaced)}")
         stranded = [key for key, buffer in self.transient.items() if buffer.device.type == "meta"]
         if stranded:
             self.plan.notes.append(
                 f"still on the meta device, because non-persistent buffers are in no checkpoint: {shorten(stranded)}"
             )
+
+    def _is_meta(self, key: str) -> bool:
+        slot = self.slots.get(key)
+        return slot is not None and slot.tensor is not None and slot.tensor.device.type == "meta"
+
+
+def _with_parents(keys: Iterable[str]) -> set[str]:
+    """Keys and the paths of all modules that they are in."""
+    found: set[str] = set()
+    for key in keys:
+        while key not in found:
+            found.add(key)
+            key = key.rpartition(".")[0]
+    return found

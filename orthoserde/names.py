@@ -18,6 +18,11 @@ def prefixes_of(tensor: ParametrizedTensor) -> list[str]:
     return tensor_names(tensor.module_path, tensor.aliases, f"parametrizations.{tensor.tensor_name}")
 
 
+def original_keys(tensor: ParametrizedTensor) -> list[str]:
+    """Keys of its originals, under the first path of its module."""
+    return [join(tensor.prefix, name) for name in tensor.originals]
+
+
 def prefixes_in(key: str) -> list[str]:
     """Every ``path.parametrizations.tensor`` that a key begins with, the shortest first."""
     parts = key.split(".")

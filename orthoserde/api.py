@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -10,12 +11,14 @@ from torch import nn
 
 from orthoserde import audit, storage
 from orthoserde.capture import capture
+from orthoserde.checkpoint import Checkpoint
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
+from orthoserde.walk import module_types
 
 
 def save(
@@ -77,6 +80,7 @@ def save(
         True
     """
     registry = default_registry if registry is None else registry
+    registry = _with_neighbours(registry, model)
     sink = sink_of(debug)
     watch = None if sink is None else Watch("save", model, registry)
     with capture(model, registry, include_weights=include_weights, select=select, metadata=metadata) as checkpoint:
@@ -111,7 +115,7 @@ def load(
         model: The module to load into.
         path: A file written by :func:`save`; or a state dict in a safetensors file of another library or in a file of
             ``torch.save`` (torch 2.6 or newer), which has no configuration, so its parametrized tensors are
-            ``UNVERIFIED``.
+            ``UNVERIFIED``; or, for a ``ReftModel``, a folder that pyreft or its trainer wrote.
         strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported
             instead; anything else that does not fit is refused all the same.
         legacy: What to do where the model has a parametrized tensor and the file its computed weight alone:
@@ -143,19 +147,26 @@ def load(
         LoadInterruptedError: Reading failed after the first write: the one case in which the model is partly written.
     """
     registry = default_registry if registry is None else registry
+    extended = _with_neighbours(registry, model)
+    is_folder = os.path.isdir(path)
+    # A folder of pyreft's says nothing of how its classes were configured, so there is nothing to compare.
+    known = registry if is_folder else extended
     sink = sink_of(debug)
-    watch = None if sink is None else Watch("load", model, registry)
-    with storage.read(path) as checkpoint:
+    watch = None if sink is None else Watch("load", model, known)
+    with _read_folder(path, model, extended, legacy) if is_folder else storage.read(path) as checkpoint:
         report = restore(
             checkpoint,
             model,
-            registry,
+            known,
             strict=strict,
             legacy=legacy,
             reparametrize=reparametrize,
             device=device,
             verify=verify,
         )
+    if is_folder:
+        text = "a folder of pyreft's does not say dropout, activation and other arguments; the model's own were kept"
+        report = dataclasses.replace(report, notes=(*report.notes, text))
     if sink is not None and watch is not None:
         watch.report(sink)
     return report
@@ -276,6 +287,34 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
     """
     with storage.read(path) as checkpoint:
         return audit.verify(checkpoint, default_registry if registry is None else registry)
+
+
+def _with_neighbours(registry: Registry, model: nn.Module) -> Registry:
+    """The registry, extended by what this library knows of classes of its own and of other libraries in a model.
+
+    Which they are stands here; each integration is imported when a model first holds a class that it speaks for.
+    """
+    types = module_types(model)
+    packages = {base.__module__.partition(".")[0] for cls in types for base in cls.__mro__}
+    if "pyvene" in packages:
+        from orthoserde.integrations import pyreft  # noqa: PLC0415
+
+        registry = pyreft.extend(registry, types)
+    if "orthoserde" in packages and registry is not default_registry:
+        own = [
+            codec
+            for cls in types
+            if cls.__module__.startswith("orthoserde.")
+            if (codec := default_registry.for_type(cls))
+        ]
+        registry = registry.extended(own, [codec.type for codec in own if default_registry.is_adapter(codec.type)])
+    return registry
+
+
+def _read_folder(path: str | os.PathLike[str], model: nn.Module, registry: Registry, legacy: Legacy) -> Checkpoint:
+    from orthoserde.integrations import pyreft  # noqa: PLC0415
+
+    return pyreft.read(path, model, registry, legacy)
 
 
 def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:

@@ -129,8 +129,7 @@ def take_inventory(model: nn.Module, prefix: str = "") -> Inventory:
         TypeError: Not a module.
         UnsupportedModuleError: The module graph has a cycle, or two tensors would have one key.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    _check_model(model)
     modules: dict[str, nn.Module] = {}
     slots: dict[str, Slot] = {}
     transient: dict[str, Tensor] = {}
@@ -171,6 +170,26 @@ def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             ancestors.append(id(module))
             pending.append(None)
             pending.extend(reversed([(join(path, name), child) for name, child in children.items()]))
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def module_types(model: nn.Module) -> set[type[nn.Module]]:
+    """The classes of all modules in a model, without what torch makes of them when it parametrizes them."""
+    _check_model(model)
+    found: set[type[nn.Module]] = set()
+    seen: set[int] = set()
+    pending = [model]
+    while pending:
+        module = _torch.unwrap(pending.pop())
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.add(_torch.class_before_parametrizations(module))
+            pending.extend(_torch.child_modules(module).values())
+    return found
 
 
 def _slots_of(module: nn.Module, path: str) -> Iterator[Slot]:

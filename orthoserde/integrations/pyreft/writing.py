@@ -123,11 +123,7 @@ def _write(
         state = _state(checkpoint, record, form, registry)
         if state:
             states[f"{PREFIX}{name}{SUFFIX}"] = state
-    base = {
-        key: checkpoint.tensor(join(root.path, "model", key))
-        for key in _below(checkpoint, join(root.path, "model"))
-        if _is_trained(checkpoint, join(root.path, "model", key))
-    }
+    base = _base_state(checkpoint, join(root.path, "model"))
     if base:
         states[BASE_MODEL_FILE] = base
     return _make_folder(target, states, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -209,6 +205,17 @@ def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form, registry: R
                 )
             state[name] = checkpoint.tensor(join(record.path, name))
     return state
+
+
+def _base_state(checkpoint: Checkpoint, path: str) -> dict[str, Tensor]:
+    """What was trained of the base model, a tied tensor once, as ``named_parameters`` has it."""
+    keys = [join(path, name) for name in _below(checkpoint, path)]
+    names: dict[str, str] = {}
+    # The key that is kept is the first in the model.
+    for key in sorted(keys, key=lambda key: key in checkpoint.manifest.aliases):
+        if _is_trained(checkpoint, key):
+            names.setdefault(checkpoint.manifest.kept_key(key), key.removeprefix(f"{path}."))
+    return {name: checkpoint.tensor(kept) for kept, name in names.items()}
 
 
 def _weight(checkpoint: Checkpoint, record: ModuleRecord, registry: Registry) -> Tensor:

@@ -51,6 +51,11 @@ WITHOUT_FILE = frozenset(
     | {"CollectIntervention", "NoiseIntervention", "SkipIntervention", "PCARotatedSpaceIntervention"}
 )
 
+#: Classes whose rotation is square, so that pyvene knows of no rank.
+_SQUARE = frozenset(
+    {"RotatedSpaceIntervention", "BoundlessRotatedSpaceIntervention", "SigmoidMaskRotatedSpaceIntervention"}
+)
+
 # Fields of pyvene's RepresentationConfig that are JSON, in its order; the others are classes, modules and tensors.
 REPRESENTATION = ("layer", "component", "unit", "max_number_of_units")
 OPTIONAL = ("subspace_partition", "group_key", "intervention_link_key", "moe_key", "latent_dim")
@@ -126,13 +131,12 @@ class InterventionCodec(_NotBuilt):
         None where the class has nothing of the sort.
         """
         tensors = own_tensors(parametrization)
-        rotation = tensors.get("rotate_layer.parametrizations.weight.original", tensors.get("rotate_layer.weight"))
         source = tensors.get("learned_source.weight", tensors.get("learned_source"))
         dropout = getattr(parametrization, "dropout", None)
         return _as_json(
             {
                 "base": known_base(self.type),
-                "rank": None if rotation is None else int(rotation.shape[-1]),
+                "rank": None if known_base(self.type) in _SQUARE else _rank(tensors),
                 "dtype": None if source is None else dtype_name(source.dtype),
                 "dropout": float(dropout.p) if isinstance(dropout, nn.Dropout) else None,
                 "act_fn": _activation(getattr(parametrization, "act_fn", None)),
@@ -161,6 +165,19 @@ class ModelCodec(_NotBuilt):
                 ],
             }
         )
+
+
+def _rank(tensors: Mapping[str, Tensor]) -> int | None:
+    """``low_rank_dimension``, as the shapes say it."""
+    for name, dim in (
+        ("rotate_layer.parametrizations.weight.original", -1),
+        ("rotate_layer.weight", -1),
+        ("proj_layer.weight", 0),
+        ("W_enc", -1),
+    ):
+        if name in tensors and tensors[name].dim():
+            return int(tensors[name].shape[dim])
+    return None
 
 
 def _activation(function: object) -> str | None:

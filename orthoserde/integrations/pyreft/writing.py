@@ -52,6 +52,10 @@ Form = Literal["legacy", "full"]
 _NUMBERS = ("embed_dim", "interchange_dim")
 
 
+#: Where an intervention keeps a source of its own.
+SOURCE = "source_representation"
+
+
 def write(
     path_or_model: str | os.PathLike[str] | nn.Module,
     folder: str | os.PathLike[str],
@@ -115,7 +119,10 @@ def _write(
         "intervention_dimensions": [_dimension(checkpoint, record) for record in interventions],
         "intervention_types": [_class(record, classes, checkpoint.origin) for record in interventions],
         "mode": root.config.get("mode"),
-        "representations": [_representation(each, own) for each, own in zip(representations, configs, strict=True)],
+        "representations": [
+            _representation(each, own, SOURCE in _below(checkpoint, record.path))
+            for each, own, record in zip(representations, configs, interventions, strict=True)
+        ],
         "sorted_keys": list(names),
     }
     states: dict[str, Mapping[str, Tensor]] = {}
@@ -162,13 +169,16 @@ def _class(record: ModuleRecord, classes: Mapping[str, str], origin: str) -> str
     return f"<class '{KNOWN[name]}.{name}'>"
 
 
-def _representation(fields: JSON, config: Mapping[str, JSON]) -> list[JSON]:
-    """The fields of a ``RepresentationConfig`` in its order; classes, modules and tensors are None, as pyvene saves."""
+def _representation(fields: JSON, config: Mapping[str, JSON], has_source: bool) -> list[JSON]:
+    """The fields of a ``RepresentationConfig`` in its order; classes, modules and tensors are None, as pyvene saves.
+
+    ``hidden_source_representation`` says that there is a source, which is in the intervention's own file.
+    """
     known: dict[str, JSON] = dict.fromkeys((*REPRESENTATION, *OPTIONAL))
     known |= fields if isinstance(fields, dict) else {}
     head: list[JSON] = [known[name] for name in REPRESENTATION]
     middle: list[JSON] = [known[name] for name in OPTIONAL[:-1]]
-    return [*head, config.get("rank"), None, None, *middle, None, None, known[OPTIONAL[-1]]]
+    return [*head, config.get("rank"), None, None, *middle, None, has_source or None, known[OPTIONAL[-1]]]
 
 
 def _dimension(checkpoint: Checkpoint, record: ModuleRecord) -> JSON:
@@ -183,7 +193,7 @@ def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form, registry: R
     """What pyreft would save of an intervention, empty where it would save nothing."""
     config = record.config or {}
     names = _below(checkpoint, record.path)
-    if record.kind.partition(">")[2] in WITHOUT_FILE and "source_representation" not in names:
+    if record.kind.partition(">")[2] in WITHOUT_FILE and SOURCE not in names:
         return {}
     if config.get("base") != OVERRIDING:
         return OrderedDict((name, checkpoint.tensor(join(record.path, name))) for name in names)

@@ -45,8 +45,8 @@ KNOWN = {
 #: The class whose ``state_dict`` is overridden, and with it that of the classes made from it.
 OVERRIDING = "LoreftIntervention"
 
-#: Classes of which pyvene writes no file unless they have a source of their own.
-WITHOUT_FILE = frozenset(
+#: pyvene's and pyreft's own classes that are not trained; pyvene writes no file of them without a source of their own.
+NOT_TRAINED = frozenset(
     {"VanillaIntervention", "ZeroIntervention", "AdditionIntervention", "SubtractionIntervention"}
     | {"CollectIntervention", "NoiseIntervention", "SkipIntervention", "PCARotatedSpaceIntervention"}
 )
@@ -79,6 +79,11 @@ def is_intervention(cls: type) -> bool:
 def is_intervenable_model(cls: type) -> bool:
     """Whether a class is made from pyvene's ``IntervenableModel``."""
     return _base(cls, "BaseModel", "intervenable_base") is not None
+
+
+def is_trained(cls: type) -> bool:
+    """Whether a class is made from pyvene's ``TrainableIntervention``, so that pyvene writes a file of it."""
+    return _base(cls, "TrainableIntervention", "interventions") is not None
 
 
 def known_base(cls: type) -> str | None:
@@ -127,7 +132,7 @@ class InterventionCodec(_NotBuilt):
     def config(self, parametrization: nn.Module) -> dict[str, JSON] | None:
         """Constructor arguments, read from the live module; None where one of them is not JSON.
 
-        ``base`` is the nearest class of pyreft's or pyvene's own; ``rank``, ``dtype``, ``dropout`` and ``act_fn`` are
+        ``base`` is the nearest class of pyreft's or pyvene's own, ``trained`` says whether pyvene trains it; ``rank``, ``dtype``, ``dropout`` and ``act_fn`` are
         None where the class has nothing of the sort.
         """
         tensors = own_tensors(parametrization)
@@ -136,6 +141,7 @@ class InterventionCodec(_NotBuilt):
         return _as_json(
             {
                 "base": known_base(self.type),
+                "trained": is_trained(self.type),
                 "rank": None if known_base(self.type) in _SQUARE else _rank(tensors),
                 "dtype": None if source is None else dtype_name(source.dtype),
                 "dropout": float(dropout.p) if isinstance(dropout, nn.Dropout) else None,

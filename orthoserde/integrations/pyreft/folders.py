@@ -23,7 +23,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,13 @@ from orthoserde.errors import (
     IncompatibleModelError,
     Problem,
 )
-from orthoserde.integrations.pyreft.classes import OVERRIDING, WITHOUT_FILE, is_intervenable_model, known_base
+from orthoserde.integrations.pyreft.classes import (
+    NOT_TRAINED,
+    OVERRIDING,
+    is_intervenable_model,
+    is_trained,
+    known_base,
+)
 from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX, key_of_file, normalize
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
@@ -110,9 +116,9 @@ def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, leg
     """
     folder = _folder_of(os.fsdecode(path))
     files = _files_in(folder)
-    types = _types_in(folder, files)
     with _torch.undisturbed():
         reader = _Reader(folder, take_inventory(model), registry, legacy)
+        types = _types_in(folder, files, {key for key, (_, module) in reader.modules.items() if not _has_file(module)})
         for key, name in files.items():
             with storage.read(os.path.join(folder, name)) as state:
                 reader.take_intervention(key, state, types.get(key))
@@ -315,8 +321,18 @@ def _files_in(folder: str) -> dict[str, str]:
     return found
 
 
-def _types_in(folder: str, files: Mapping[str, str]) -> dict[str, str]:
+def _has_file(module: nn.Module) -> bool:
+    """Whether pyvene writes a file of an intervention whatever it holds; it does so of another with a source."""
+    return is_trained(_torch.class_before_parametrizations(module))
+
+
+def _types_in(folder: str, files: Mapping[str, str], without_file: Set[str]) -> dict[str, str]:
     """Names of the classes of the interventions by normalized key, as far as there is a ``config.json`` that says so.
+
+    Args:
+        folder: The folder.
+        files: Names of the files of interventions by normalized key.
+        without_file: Keys of the model's interventions that may be without a file.
 
     Raises:
         FileFormatError: It is not sound, or it names other files than there are.
@@ -340,8 +356,8 @@ def _types_in(folder: str, files: Mapping[str, str]) -> dict[str, str]:
             match = _CLASS.fullmatch(str(text))
             if match is not None and name is not None:
                 found[name] = match[1]
-    wanted = {name for name in names.values() if name is not None and found.get(name) not in WITHOUT_FILE}
-    missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - set(names.values()))
+    wanted = {name for name in names.values() if name is not None and found.get(name) not in NOT_TRAINED}
+    missing, extra = sorted(wanted - files.keys() - without_file), sorted(files.keys() - set(names.values()))
     if missing:
         raise FileFormatError(f"{folder}: {CONFIG_FILE} names files that are missing: {printable(shorten(missing))}")
     if extra:

@@ -26,7 +26,6 @@ from orthoserde.integrations.pyreft.classes import (
     OPTIONAL,
     OVERRIDING,
     REPRESENTATION,
-    WITHOUT_FILE,
     extend,
 )
 from orthoserde.integrations.pyreft.folders import (
@@ -193,7 +192,7 @@ def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form, registry: R
     """What pyreft would save of an intervention, empty where it would save nothing."""
     config = record.config or {}
     names = _below(checkpoint, record.path)
-    if record.kind.partition(">")[2] in WITHOUT_FILE and SOURCE not in names:
+    if not config.get("trained") and SOURCE not in names:
         return {}
     if config.get("base") != OVERRIDING:
         return OrderedDict((name, checkpoint.tensor(join(record.path, name))) for name in names)

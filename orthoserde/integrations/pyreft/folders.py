@@ -120,10 +120,10 @@ def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, leg
         reader = _Reader(folder, take_inventory(model), registry, legacy)
         types = _types_in(folder, files, {key for key, (_, module) in reader.modules.items() if not _has_file(module)})
         for key, name in files.items():
-            with storage.read(os.path.join(folder, name)) as state:
+            with _read_state(os.path.join(folder, name)) as state:
                 reader.take_intervention(key, state, types.get(key))
         if os.path.lexists(os.path.join(folder, BASE_MODEL_FILE)):
-            with storage.read(os.path.join(folder, BASE_MODEL_FILE)) as state:
+            with _read_state(os.path.join(folder, BASE_MODEL_FILE)) as state:
                 for key in state.manifest.tensors:
                     reader.take(join(reader.prefix, "model", key), state, key)
         return reader.checkpoint()
@@ -282,6 +282,15 @@ def _probe(base: Tensor) -> float:
     bits = (((rows + 1) * 2654435761 + rows * rows * columns * 40503) >> 13) & 1
     vectors = (2 * bits - 1).to(torch.float64)
     return float((wide.mT @ (wide @ vectors) - vectors).square().mean().sqrt())
+
+
+def _read_state(path: str) -> Checkpoint:
+    state = storage.read(path)
+    # The tensors of a safetensors file would still be in the file, which is closed long before they are wanted.
+    if not all(isinstance(source, LiveTensor) for source in state.sources.values()):
+        state.close()
+        raise FileFormatError(f"{path}: expected a file of torch.save, as pyreft writes it; this is a safetensors file")
+    return state
 
 
 def _folder_of(path: str) -> str:

@@ -195,7 +195,12 @@ class _Reader:
         stored = {ours: theirs for theirs, ours in names.items()}
         original, base = state.tensor(stored[ORIGINAL]), state.tensor(stored[BASE])
         side = max(original.shape, default=0)
-        if original.dim() != 2 or base.shape != (side, side) or not original.is_floating_point():
+        if not original.is_floating_point() or original.dtype != base.dtype:
+            raise FileFormatError(
+                f"{state.origin}: expected an original and a base of one real dtype, got {dtype_name(original.dtype)} "
+                f"and {dtype_name(base.dtype)}"
+            )
+        if original.dim() != 2 or base.shape != (side, side):
             raise FileFormatError(
                 f"{state.origin}: expected a square base for the longer side of the original, got shapes "
                 f"{list(base.shape)} and {list(original.shape)}"

@@ -357,26 +357,36 @@ def _types_in(folder: str, files: Mapping[str, str], without_file: Set[str]) -> 
     config = json_values.decode(_read_text(path), path)
     if not isinstance(config, dict):
         raise FileFormatError(f"{path}: expected an object, got a {type(config).__name__}")
-    keys, types = config.get("sorted_keys"), config.get("intervention_types")
-    if not isinstance(keys, list):
-        return {}  # older than 0.0.8, or written by hand
-    names = {str(key): normalize(str(key)) for key in keys}
-    unknown = [key for key, name in names.items() if name is None]
-    if unknown:
+    keys, types = _strings(config, "sorted_keys", path), _strings(config, "intervention_types", path)
+    if keys is None:
+        return {}  # written by hand
+    names = [name for key in keys if (name := normalize(key)) is not None]
+    if len(names) != len(keys):
+        unknown = [key[:100] for key in keys if normalize(key) is None]
         raise FileFormatError(f"{path}: sorted_keys: not names that pyreft gives: {printable(shorten(unknown))}")
-    found: dict[str, str] = {}
-    if isinstance(types, list) and len(types) == len(keys):
-        for name, text in zip(names.values(), types, strict=False):
-            match = _CLASS.fullmatch(str(text))
-            if match is not None and name is not None:
-                found[name] = match[1]
-    wanted = {name for name in names.values() if name is not None and found.get(name) not in NOT_TRAINED}
-    missing, extra = sorted(wanted - files.keys() - without_file), sorted(files.keys() - set(names.values()))
+    if len(set(names)) != len(names):
+        raise FileFormatError(f"{path}: sorted_keys: names an intervention twice")
+    if types is not None and len(types) != len(keys):
+        raise FileFormatError(f"{path}: intervention_types: expected {len(keys)} of them, got {len(types)}")
+    # Before 0.0.8 the classes stood under another name.
+    matches = zip(names, map(_CLASS.fullmatch, types or ()), strict=False)
+    found = {name: match[1] for name, match in matches if match is not None}
+    wanted = {name for name in names if found.get(name) not in NOT_TRAINED}
+    missing, extra = sorted(wanted - files.keys() - without_file), sorted(files.keys() - set(names))
     if missing:
         raise FileFormatError(f"{folder}: {CONFIG_FILE} names files that are missing: {printable(shorten(missing))}")
     if extra:
         raise FileFormatError(f"{folder}: holds files that {CONFIG_FILE} does not name: {printable(shorten(extra))}")
     return found
+
+
+def _strings(config: Mapping[str, JSON], name: str, path: str) -> list[str] | None:
+    """A list of strings in a ``config.json``; None where there is none."""
+    value = config.get(name)
+    strings = [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+    if value is not None and (not isinstance(value, list) or len(strings) != len(value)):
+        raise FileFormatError(f"{path}: {name}: expected a list of strings")
+    return None if value is None else strings
 
 
 def _read_text(path: str) -> bytes:

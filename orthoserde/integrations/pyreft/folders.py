@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch, json_values, storage
+from orthoserde.capture import link_record
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import (
     DamagedFileError,
@@ -55,6 +56,7 @@ from orthoserde.manifest import (
     check_references,
     join,
 )
+from orthoserde.names import tensor_names
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
 from orthoserde.reports import printable, shorten
@@ -239,10 +241,32 @@ class _Reader:
                 "legacy='project' or 'keep'"
             )
         manifest = Manifest(
-            tensors=self.tensors, parametrized=tuple(self.parametrized), left_out=tuple(self._not_asked_for())
+            tensors=self.tensors,
+            parametrized=(*self.parametrized, *self._others()),
+            left_out=tuple(self._not_asked_for()),
         )
         check_references(manifest, self.folder)
         return Checkpoint(manifest, self.sources, self.folder)
+
+    def _others(self) -> Iterator[ParametrizedRecord]:
+        """Other parametrized tensors, of classes of the user's or of the base model: state without configuration."""
+        known = {record.name for record in self.parametrized}
+        for tensor in self.inventory.parametrized:
+            if known.isdisjoint(tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)):
+                chain = [link_record(link, self.registry) for link in tensor.parametrizations]
+                record = ParametrizedRecord(
+                    module=tensor.module_path,
+                    tensor_name=tensor.tensor_name,
+                    aliases=tensor.aliases,
+                    shape=None,
+                    dtype=None,
+                    parameter=tensor.parameter,
+                    unsafe=tensor.unsafe,
+                    originals=dict.fromkeys(tensor.originals, DENSE),
+                    chain=tuple(dataclasses.replace(link, config=None) for link in chain),
+                )
+                if all(key in self.tensors for key in record.tensor_keys()):
+                    yield record
 
     def _not_asked_for(self) -> Iterator[str]:
         """Keys of the model that no folder holds: frozen tensors of the base, and numbers that the shapes say too."""

@@ -27,6 +27,7 @@ from orthoserde.integrations.pyreft.classes import (
     OVERRIDING,
     REPRESENTATION,
     extend,
+    without_interventions,
 )
 from orthoserde.integrations.pyreft.folders import (
     BASE,
@@ -93,7 +94,7 @@ def write(
     registry = default_registry if registry is None else registry
     target = os.path.abspath(os.fsdecode(folder))
     if isinstance(path_or_model, nn.Module):
-        registry = extend(registry, module_types(path_or_model))
+        registry = extend(without_interventions(registry), module_types(path_or_model))
         modules = take_inventory(path_or_model).modules
         classes = {path: str(type(module)) for path, module in modules.items()}
         with capture(path_or_model, registry) as checkpoint, _torch.undisturbed():

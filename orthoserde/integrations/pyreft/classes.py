@@ -138,7 +138,7 @@ class InterventionCodec(_NotBuilt):
     def config(self, parametrization: nn.Module) -> dict[str, JSON] | None:
         """Constructor arguments, read from the live module; None where one of them is not JSON.
 
-        ``base`` is the nearest class of pyreft's or pyvene's own, ``trained`` says whether pyvene trains it; ``rank``, ``dtype``, ``dropout`` and ``act_fn`` are
+        ``base`` is the nearest class of pyreft's or pyvene's own, ``trained`` whether pyvene trains it; ``rank``, ``dtype``, ``dropout`` and ``act_fn`` are
         None where the class has nothing of the sort.
         """
         tensors = own_tensors(parametrization)

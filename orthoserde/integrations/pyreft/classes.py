@@ -138,8 +138,8 @@ class InterventionCodec(_NotBuilt):
     def config(self, parametrization: nn.Module) -> dict[str, JSON] | None:
         """Constructor arguments, read from the live module; None where one of them is not JSON.
 
-        ``base`` is the nearest class of pyreft's or pyvene's own, ``trained`` whether pyvene trains it; ``rank``, ``dtype``, ``dropout`` and ``act_fn`` are
-        None where the class has nothing of the sort.
+        ``base`` is the nearest class of pyreft's or pyvene's own, ``trained`` whether pyvene trains it; ``rank``,
+        ``dtype``, ``dropout`` and ``act_fn`` are None where the class has nothing of the sort.
         """
         tensors = own_tensors(parametrization)
         source = tensors.get("learned_source.weight", tensors.get("learned_source"))

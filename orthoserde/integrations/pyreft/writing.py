@@ -31,14 +31,13 @@ from orthoserde.integrations.pyreft.classes import (
 )
 from orthoserde.integrations.pyreft.folders import (
     BASE,
-    BASE_MODEL_FILE,
-    CONFIG_FILE,
     ORIGINAL,
     RENAMED,
     ROTATION,
     WEIGHT,
 )
 from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX
+from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, CONFIG_FILE
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind

@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,15 @@ def refused(model: nn.Module, folder: Path, error: type[OrthoserdeError], text: 
 
 
 needs_reader = pytest.mark.skipif(UNREADABLE, reason="files of torch.save are refused before torch 2.6")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are faster so, by far where other programs want the processor too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Names

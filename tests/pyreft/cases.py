@@ -202,7 +202,7 @@ CASES: dict[str, Case] = {
             "mixed",
             together(
                 each(pyreft.LoreftIntervention, layers=(0,), **FULL),
-                each(interventions.Shift, layers=(0,)),
+                of_type(interventions.Shift, layers=(0,)),
                 each(pyreft.ConsreftIntervention, layers=(2, 2)),
             ),
             sources=True,

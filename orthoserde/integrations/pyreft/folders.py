@@ -195,7 +195,9 @@ class _Reader:
                 f"{list(base.shape)} and {list(original.shape)}"
             )
         error = _probe(base)
-        if not error <= LARGEST_PROBE * math.sqrt(side) * torch.finfo(original.dtype).eps:
+        # Half precision counts as damage: a base that was rounded to it is far from orthogonal in any other.
+        eps = torch.finfo(torch.float64 if base.dtype == torch.float64 else torch.float32).eps
+        if not error <= LARGEST_PROBE * math.sqrt(side) * eps:
             self.damaged.append(f"{where}: its base is off orthogonality by {error:.3g}")
             if self.legacy in ("project", "keep"):
                 kept = {theirs: ours for theirs, ours in names.items() if ours not in (ORIGINAL, BASE)}

@@ -32,6 +32,7 @@ from orthoserde.integrations.pyreft.folders import (
     BASE,
     BASE_MODEL_FILE,
     CONFIG_FILE,
+    NUMBERS,
     ORIGINAL,
     RENAMED,
     ROTATION,
@@ -46,9 +47,6 @@ from orthoserde.walk import module_types, take_inventory
 
 #: What of a LoReFT rotation is written: the computed weight alone, or its state too.
 Form = Literal["legacy", "full"]
-
-#: Numbers that pyvene registers as buffers and that the class with the override never saves.
-_NUMBERS = ("embed_dim", "interchange_dim")
 
 
 def write(
@@ -201,7 +199,7 @@ def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form) -> dict[str
             state[theirs] = checkpoint.tensor(join(record.path, ours))
     for name in names:
         # What a class made from LoReFT's adds: pyreft's own save would lose it, its load passes over it.
-        if name not in (*RENAMED.values(), *_NUMBERS):
+        if name not in (*RENAMED.values(), *NUMBERS):
             if name in RENAMED:
                 raise ConfigError(
                     f"{checkpoint.origin}: {record.path}: pyreft gives {name!r} another meaning; rename it"

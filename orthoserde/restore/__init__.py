@@ -100,7 +100,8 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
     codec = registry.for_kind(root.kind)
     if codec is None:
         raise ConfigError(
-            f"{checkpoint.origin}: {root.kind} is not registered in this process; register the class first"
+            f"{checkpoint.origin}: {root.kind} is not registered in this process; register the class first, or make "
+            "the model yourself and use load"
         )
     with _torch.undisturbed():
         config = current_config(codec, root.config, root.version)

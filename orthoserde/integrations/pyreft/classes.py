@@ -45,10 +45,15 @@ KNOWN = {
 #: The class whose ``state_dict`` is overridden, and with it that of the classes made from it.
 OVERRIDING = "LoreftIntervention"
 
-#: Classes of which pyvene writes no file unless they have a source of their own.
-WITHOUT_FILE = frozenset(
+#: pyvene's and pyreft's own classes that are not trained; pyvene writes no file of them without a source of their own.
+NOT_TRAINED = frozenset(
     {"VanillaIntervention", "ZeroIntervention", "AdditionIntervention", "SubtractionIntervention"}
     | {"CollectIntervention", "NoiseIntervention", "SkipIntervention", "PCARotatedSpaceIntervention"}
+)
+
+#: Classes whose rotation is square, so that pyvene knows of no rank.
+_SQUARE = frozenset(
+    {"RotatedSpaceIntervention", "BoundlessRotatedSpaceIntervention", "SigmoidMaskRotatedSpaceIntervention"}
 )
 
 # Fields of pyvene's RepresentationConfig that are JSON, in its order; the others are classes, modules and tensors.
@@ -74,6 +79,11 @@ def is_intervention(cls: type) -> bool:
 def is_intervenable_model(cls: type) -> bool:
     """Whether a class is made from pyvene's ``IntervenableModel``."""
     return _base(cls, "BaseModel", "intervenable_base") is not None
+
+
+def is_trained(cls: type) -> bool:
+    """Whether a class is made from pyvene's ``TrainableIntervention``, so that pyvene writes a file of it."""
+    return _base(cls, "TrainableIntervention", "interventions") is not None
 
 
 def known_base(cls: type) -> str | None:
@@ -122,17 +132,17 @@ class InterventionCodec(_NotBuilt):
     def config(self, parametrization: nn.Module) -> dict[str, JSON] | None:
         """Constructor arguments, read from the live module; None where one of them is not JSON.
 
-        ``base`` is the nearest class of pyreft's or pyvene's own; ``rank``, ``dtype``, ``dropout`` and ``act_fn`` are
-        None where the class has nothing of the sort.
+        ``base`` is the nearest class of pyreft's or pyvene's own, ``trained`` whether pyvene trains it; ``rank``,
+        ``dtype``, ``dropout`` and ``act_fn`` are None where the class has nothing of the sort.
         """
         tensors = own_tensors(parametrization)
-        rotation = tensors.get("rotate_layer.parametrizations.weight.original", tensors.get("rotate_layer.weight"))
         source = tensors.get("learned_source.weight", tensors.get("learned_source"))
         dropout = getattr(parametrization, "dropout", None)
         return _as_json(
             {
                 "base": known_base(self.type),
-                "rank": None if rotation is None else int(rotation.shape[-1]),
+                "trained": is_trained(self.type),
+                "rank": None if known_base(self.type) in _SQUARE else _rank(tensors),
                 "dtype": None if source is None else dtype_name(source.dtype),
                 "dropout": float(dropout.p) if isinstance(dropout, nn.Dropout) else None,
                 "act_fn": _activation(getattr(parametrization, "act_fn", None)),
@@ -161,6 +171,19 @@ class ModelCodec(_NotBuilt):
                 ],
             }
         )
+
+
+def _rank(tensors: Mapping[str, Tensor]) -> int | None:
+    """``low_rank_dimension``, as the shapes say it."""
+    for name, dim in (
+        ("rotate_layer.parametrizations.weight.original", -1),
+        ("rotate_layer.weight", -1),
+        ("proj_layer.weight", 0),
+        ("W_enc", -1),
+    ):
+        if name in tensors and tensors[name].dim():
+            return int(tensors[name].shape[dim])
+    return None
 
 
 def _activation(function: object) -> str | None:

@@ -21,30 +21,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch, json_values, storage
+from orthoserde import _torch, storage
+from orthoserde.capture import link_record
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import (
     DamagedFileError,
-    FileAccessError,
     FileFormatError,
     IncompatibleModelError,
     Problem,
 )
 from orthoserde.integrations.pyreft.classes import (
     OVERRIDING,
-    WITHOUT_FILE,
     is_intervenable_model,
     is_intervention,
+    is_trained,
     known_base,
 )
-from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX, key_of_file, normalize
+from orthoserde.integrations.pyreft.keys import normalize
+from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, files_in, folder_of, read_state, types_in
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
@@ -55,22 +54,14 @@ from orthoserde.manifest import (
     check_references,
     join,
 )
+from orthoserde.names import tensor_names
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
-from orthoserde.reports import printable, shorten
+from orthoserde.reports import shorten
 from orthoserde.restore import Legacy
 from orthoserde.scope import scope_of
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, take_inventory
-
-#: Where the Hugging Face Trainer keeps a folder of pyreft's.
-TRAINER_FOLDER = "intervenable_model"
-
-BASE_MODEL_FILE = "pytorch_model.bin"
-CONFIG_FILE = "config.json"
-
-#: ``config.json`` is a few kilobytes for each intervention.
-MAX_CONFIG_BYTES = 16 << 20
 
 #: Names within an intervention: of the rotation, of its computed weight, and of its state.
 ROTATION = "rotate_layer"
@@ -94,8 +85,6 @@ ORTHOGONAL = "torch>orthogonal"
 
 #: What a load from such files says.
 NOTE = "pyreft's files do not say dropout, activation and other arguments; the model's own were kept"
-
-_CLASS = re.compile(r"<class '(?:[^'.]+\.)*([^'.]+)'>")
 
 #: Probes of a base, and what the root of their mean square may be, in units of sqrt(n) eps; see Note [Damaged base].
 PROBES = 4
@@ -125,9 +114,8 @@ def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, leg
     """
     if not os.path.isdir(path):
         return _read_file(path, model, registry, legacy)
-    folder = _folder_of(os.fsdecode(path))
-    files = _files_in(folder)
-    types = _types_in(folder, files)
+    folder = folder_of(os.fsdecode(path))
+    files = files_in(folder)
     with _torch.undisturbed():
         inventory = take_inventory(model)
         prefix = _prefix(inventory, folder)
@@ -135,12 +123,13 @@ def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, leg
         children = _torch.child_modules(inventory.modules[parent])
         modules = {normalize(name) or name: (join(parent, name), module) for name, module in children.items()}
         reader = _Reader(folder, inventory, modules, registry, legacy)
+        types = types_in(folder, files, {key for key, (_, module) in modules.items() if not _has_file(module)})
         for key, name in files.items():
-            with storage.read(os.path.join(folder, name)) as state:
+            with read_state(os.path.join(folder, name)) as state:
                 where, module = modules.get(key, (join(parent, key), None))
                 reader.take_intervention(where, module, state, types.get(key))
         if os.path.lexists(os.path.join(folder, BASE_MODEL_FILE)):
-            with storage.read(os.path.join(folder, BASE_MODEL_FILE)) as state:
+            with read_state(os.path.join(folder, BASE_MODEL_FILE)) as state:
                 for key in state.manifest.tensors:
                     reader.take(join(prefix, "model", key), state, key)
         return reader.checkpoint(), True
@@ -247,7 +236,12 @@ class _Reader:
         stored = {ours: theirs for theirs, ours in names.items()}
         original, base = state.tensor(stored[ORIGINAL]), state.tensor(stored[BASE])
         side = max(original.shape, default=0)
-        if original.dim() != 2 or base.shape != (side, side) or not original.is_floating_point():
+        if not original.is_floating_point() or original.dtype != base.dtype:
+            raise FileFormatError(
+                f"{state.origin}: expected an original and a base of one real dtype, got {dtype_name(original.dtype)} "
+                f"and {dtype_name(base.dtype)}"
+            )
+        if original.dim() != 2 or base.shape != (side, side):
             raise FileFormatError(
                 f"{state.origin}: expected a square base for the longer side of the original, got shapes "
                 f"{list(base.shape)} and {list(original.shape)}"
@@ -288,10 +282,32 @@ class _Reader:
                 "legacy='project' or 'keep'"
             )
         manifest = Manifest(
-            tensors=self.tensors, parametrized=tuple(self.parametrized), left_out=tuple(self._not_asked_for())
+            tensors=self.tensors,
+            parametrized=(*self.parametrized, *self._others()),
+            left_out=tuple(self._not_asked_for()),
         )
         check_references(manifest, self.origin)
         return Checkpoint(manifest, self.sources, self.origin, notes=(NOTE,))
+
+    def _others(self) -> Iterator[ParametrizedRecord]:
+        """Other parametrized tensors, of classes of the user's or of the base model: state without configuration."""
+        known = {record.name for record in self.parametrized}
+        for tensor in self.inventory.parametrized:
+            if known.isdisjoint(tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)):
+                chain = [link_record(link, self.registry) for link in tensor.parametrizations]
+                record = ParametrizedRecord(
+                    module=tensor.module_path,
+                    tensor_name=tensor.tensor_name,
+                    aliases=tensor.aliases,
+                    shape=None,
+                    dtype=None,
+                    parameter=tensor.parameter,
+                    unsafe=tensor.unsafe,
+                    originals=dict.fromkeys(tensor.originals, DENSE),
+                    chain=tuple(dataclasses.replace(link, config=None) for link in chain),
+                )
+                if all(key in self.tensors for key in record.tensor_keys()):
+                    yield record
 
     def _not_asked_for(self) -> Iterator[str]:
         """Keys of the model that no folder holds: frozen tensors of the base, and numbers that the shapes say too."""
@@ -334,91 +350,9 @@ def _probe(base: Tensor) -> float:
     return float((wide.mT @ (wide @ vectors) - vectors).square().mean().sqrt())
 
 
-def _folder_of(path: str) -> str:
-    for folder in (path, os.path.join(path, TRAINER_FOLDER)):
-        if any(name.startswith(PREFIX) for name in _names_in(folder)):
-            return folder
-    raise FileFormatError(
-        f"{path}: a folder without files of pyreft ({PREFIX}*{SUFFIX}); give a folder that pyreft wrote, or the "
-        "path of a checkpoint file"
-    )
-
-
-def _names_in(folder: str) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise FileAccessError(error.errno, f"cannot read the folder: {error.strerror}", folder) from error
-
-
-def _files_in(folder: str) -> dict[str, str]:
-    """Names of the files of interventions, by normalized key."""
-    found: dict[str, str] = {}
-    for name in _names_in(folder):
-        if name.startswith(PREFIX):
-            key = key_of_file(name)
-            if key is None:
-                raise FileFormatError(
-                    f"{os.path.join(folder, name)}: not a name that pyreft gives; remove or rename it"
-                )
-            if key in found:
-                raise FileFormatError(
-                    f"{folder}: {found[key]} and {name} are names of the same intervention; remove one"
-                )
-            found[key] = name
-    return found
-
-
-def _types_in(folder: str, files: Mapping[str, str]) -> dict[str, str]:
-    """Names of the classes of the interventions by normalized key, as far as there is a ``config.json`` that says so.
-
-    Raises:
-        FileFormatError: It is not sound, or it names other files than there are.
-    """
-    path = os.path.join(folder, CONFIG_FILE)
-    if not os.path.lexists(path):
-        return {}
-    config = json_values.decode(_read_text(path), path)
-    if not isinstance(config, dict):
-        raise FileFormatError(f"{path}: expected an object, got a {type(config).__name__}")
-    keys, types = config.get("sorted_keys"), config.get("intervention_types")
-    if not isinstance(keys, list):
-        return {}  # older than 0.0.8, or written by hand
-    names = {str(key): normalize(str(key)) for key in keys}
-    unknown = [key for key, name in names.items() if name is None]
-    if unknown:
-        raise FileFormatError(f"{path}: sorted_keys: not names that pyreft gives: {printable(shorten(unknown))}")
-    found: dict[str, str] = {}
-    if isinstance(types, list) and len(types) == len(keys):
-        for name, text in zip(names.values(), types, strict=False):
-            match = _CLASS.fullmatch(str(text))
-            if match is not None and name is not None:
-                found[name] = match[1]
-    wanted = {name for name in names.values() if name is not None and found.get(name) not in WITHOUT_FILE}
-    missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - set(names.values()))
-    if missing:
-        raise FileFormatError(f"{folder}: {CONFIG_FILE} names files that are missing: {printable(shorten(missing))}")
-    if extra:
-        raise FileFormatError(f"{folder}: holds files that {CONFIG_FILE} does not name: {printable(shorten(extra))}")
-    return found
-
-
-def _read_text(path: str) -> bytes:
-    descriptor = -1
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
-            raise FileFormatError(f"{path}: expected a file of at most {MAX_CONFIG_BYTES} bytes")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_CONFIG_BYTES)
-    except OSError as error:
-        raise FileAccessError(error.errno, f"cannot read it: {error.strerror}", path) from error
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+def _has_file(module: nn.Module) -> bool:
+    """Whether pyvene writes a file of an intervention whatever it holds; it does so of another with a source."""
+    return is_trained(_torch.class_before_parametrizations(module))
 
 
 def _prefix(inventory: Inventory, folder: str) -> str:

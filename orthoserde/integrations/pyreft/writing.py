@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import secrets
@@ -25,13 +26,10 @@ from orthoserde.integrations.pyreft.classes import (
     OPTIONAL,
     OVERRIDING,
     REPRESENTATION,
-    WITHOUT_FILE,
     extend,
 )
 from orthoserde.integrations.pyreft.folders import (
     BASE,
-    BASE_MODEL_FILE,
-    CONFIG_FILE,
     NUMBERS,
     ORIGINAL,
     RENAMED,
@@ -39,6 +37,7 @@ from orthoserde.integrations.pyreft.folders import (
     WEIGHT,
 )
 from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX
+from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, CONFIG_FILE
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind
@@ -47,6 +46,10 @@ from orthoserde.walk import module_types, take_inventory
 
 #: What of a LoReFT rotation is written: the computed weight alone, or its state too.
 Form = Literal["legacy", "full"]
+
+
+#: Where an intervention keeps a source of its own.
+SOURCE = "source_representation"
 
 
 def write(
@@ -107,7 +110,10 @@ def _write(checkpoint: Checkpoint, classes: Mapping[str, str], target: str, form
         "intervention_dimensions": [_dimension(checkpoint, record) for record in interventions],
         "intervention_types": [_class(record, classes, checkpoint.origin) for record in interventions],
         "mode": root.config.get("mode"),
-        "representations": [_representation(each, own) for each, own in zip(representations, configs, strict=True)],
+        "representations": [
+            _representation(each, own, SOURCE in _below(checkpoint, record.path))
+            for each, own, record in zip(representations, configs, interventions, strict=True)
+        ],
         "sorted_keys": list(names),
     }
     states: dict[str, Mapping[str, Tensor]] = {}
@@ -115,11 +121,7 @@ def _write(checkpoint: Checkpoint, classes: Mapping[str, str], target: str, form
         state = _state(checkpoint, record, form)
         if state:
             states[f"{PREFIX}{name}{SUFFIX}"] = state
-    base = {
-        key: checkpoint.tensor(join(root.path, "model", key))
-        for key in _below(checkpoint, join(root.path, "model"))
-        if _is_trained(checkpoint, join(root.path, "model", key))
-    }
+    base = _base_state(checkpoint, join(root.path, "model"))
     if base:
         states[BASE_MODEL_FILE] = base
     return _make_folder(target, states, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -163,13 +165,16 @@ def _class(record: ModuleRecord, classes: Mapping[str, str], origin: str) -> str
     return f"<class '{KNOWN[name]}.{name}'>"
 
 
-def _representation(fields: JSON, config: Mapping[str, JSON]) -> list[JSON]:
-    """The fields of a ``RepresentationConfig`` in its order; classes, modules and tensors are None, as pyvene saves."""
+def _representation(fields: JSON, config: Mapping[str, JSON], has_source: bool) -> list[JSON]:
+    """The fields of a ``RepresentationConfig`` in its order; classes, modules and tensors are None, as pyvene saves.
+
+    ``hidden_source_representation`` says that there is a source, which is in the intervention's own file.
+    """
     known: dict[str, JSON] = dict.fromkeys((*REPRESENTATION, *OPTIONAL))
     known |= fields if isinstance(fields, dict) else {}
     head: list[JSON] = [known[name] for name in REPRESENTATION]
     middle: list[JSON] = [known[name] for name in OPTIONAL[:-1]]
-    return [*head, config.get("rank"), None, None, *middle, None, None, known[OPTIONAL[-1]]]
+    return [*head, config.get("rank"), None, None, *middle, None, has_source or None, known[OPTIONAL[-1]]]
 
 
 def _dimension(checkpoint: Checkpoint, record: ModuleRecord) -> JSON:
@@ -184,7 +189,7 @@ def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form) -> dict[str
     """What pyreft would save of an intervention, empty where it would save nothing."""
     config = record.config or {}
     names = _below(checkpoint, record.path)
-    if record.kind.partition(">")[2] in WITHOUT_FILE and "source_representation" not in names:
+    if not config.get("trained") and SOURCE not in names:
         return {}
     if config.get("base") != OVERRIDING:
         return OrderedDict((name, checkpoint.tensor(join(record.path, name))) for name in names)
@@ -206,6 +211,17 @@ def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form) -> dict[str
                 )
             state[name] = checkpoint.tensor(join(record.path, name))
     return state
+
+
+def _base_state(checkpoint: Checkpoint, path: str) -> dict[str, Tensor]:
+    """What was trained of the base model, a tied tensor once, as ``named_parameters`` has it."""
+    keys = [join(path, name) for name in _below(checkpoint, path)]
+    names: dict[str, str] = {}
+    # The key that is kept is the first in the model.
+    for key in sorted(keys, key=lambda key: key in checkpoint.manifest.aliases):
+        if _is_trained(checkpoint, key):
+            names.setdefault(checkpoint.manifest.kept_key(key), key.removeprefix(f"{path}."))
+    return {name: checkpoint.tensor(kept) for kept, name in names.items()}
 
 
 def _weight(checkpoint: Checkpoint, record: ModuleRecord) -> Tensor:
@@ -245,8 +261,10 @@ def _make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config
         os.mkdir(temporary)
         try:
             for file_name, state in states.items():
+                content = io.BytesIO()  # torch turns the error of a full disk into one that does not say so
+                torch.save(state, content)
                 with open(os.path.join(temporary, file_name), "xb") as file:
-                    torch.save(state, file)
+                    file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
             with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="utf-8") as text:

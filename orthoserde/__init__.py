@@ -6,6 +6,7 @@
 
 from orthoserde._version import __version__
 from orthoserde.api import build, inspect, load, save, verify
+from orthoserde.charts import orthogonal
 from orthoserde.codec import Codec
 from orthoserde.errors import (
     CheckpointNotFoundError,
@@ -57,6 +58,7 @@ __all__ = [
     "default_registry",
     "inspect",
     "load",
+    "orthogonal",
     "parametrized_tensors",
     "register",
     "save",

@@ -28,6 +28,10 @@ SpectralNormModule: type[nn.Module] = parametrizations._SpectralNorm
 #: Maps of ``parametrizations.orthogonal`` by name.
 ORTHOGONAL_MAPS: dict[str, Any] = dict(parametrizations._OrthMaps.__members__)
 
+#: Torch's own test of orthonormal columns, within 10 n eps, and its Q factor, whose R has a positive diagonal.
+is_orthogonal: Callable[[Tensor], bool] = parametrizations._is_orthogonal
+make_orthogonal: Callable[[Tensor], Tensor] = parametrizations._make_orthogonal
+
 # Wrappers that hold one module and no state of their own: module and name of the class, attribute with the module.
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),

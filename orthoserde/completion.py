@@ -14,6 +14,7 @@ product may be fused. So the same W gives the same bits on any number of threads
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -96,11 +97,11 @@ class _Planes:
         imag = None if self.imag is None else torch.zeros(shape, dtype=self.imag.dtype)
         return _Planes(torch.zeros(shape, dtype=self.real.dtype), imag)
 
-    def put(self, rows: int | slice, columns: int | slice, values: _Planes) -> None:
+    def put(self, index: slice | tuple[int | slice, ...], values: _Planes) -> None:
         """Overwrite a part."""
-        self.real[rows, columns] = values.real
+        self.real[index] = values.real
         if self.imag is not None and values.imag is not None:
-            self.imag[rows, columns] = values.imag
+            self.imag[index] = values.imag
 
     def conj(self) -> _Planes:
         return _Planes(self.real, None if self.imag is None else -self.imag)
@@ -137,18 +138,24 @@ def _complete_matrix(base: Tensor, columns: Tensor) -> None:
     tail = vectors[k:].conj()
     # M = T V[k:]^H, summed in the order of the reflectors.
     product = _planes(torch.zeros(k, n - k, dtype=columns.dtype))
-    for j in range(k):
-        product += factor[:, j, None] * tail[None, :, j]
-    height = max(1, BLOCK_ELEMENTS // (n - k))
-    for start in range(0, n, height):
-        block = vectors[start : start + height]
-        result = _planes(torch.zeros(block.real.size(0), n - k, dtype=columns.dtype))
-        stop = start + block.real.size(0)
-        ones = torch.arange(min(max(start, k), stop), stop)
-        result.real[ones - start, ones - k] = 1.0
+    for part in _parts(0, n - k, k):
+        here = product[:, part]
         for j in range(k):
-            result -= block[:, j, None] * product[None, j]
-        base[start : start + height, k:] = _tensor(result, columns.dtype).to(base.device)
+            here += factor[:, j, None] * tail[None, part, j]
+    for part in _parts(0, n, n - k):
+        result = _planes(torch.zeros(part.stop - part.start, n - k, dtype=columns.dtype))
+        ones = torch.arange(min(max(part.start, k), part.stop), part.stop)
+        result.real[ones - part.start, ones - k] = 1.0
+        for j in range(k):
+            result -= vectors[part, j, None] * product[None, j]
+        base[part, k:] = _tensor(result, columns.dtype).to(base.device)
+
+
+def _parts(start: int, stop: int, length: int) -> Iterator[slice]:
+    """Cut a range of rows or columns of this length into parts of at most ``BLOCK_ELEMENTS``."""
+    step = max(1, BLOCK_ELEMENTS // max(1, length))
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
@@ -166,15 +173,16 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
         phase = _Planes(torch.ones_like(size), None if head.imag is None else torch.zeros_like(size))
         if float(size) > 0:
             phase = _Planes(head.real / size, None if head.imag is None else head.imag / size)
-        vectors.put(slice(j, n), j, column)
-        vectors.put(j, j, head + phase.scaled(norm))
+        vectors.put((slice(j, n), j), column)
+        vectors.put((j, j), head + phase.scaled(norm))
         vector = vectors[j:, j, None]
         length = vector.squared_norm()
         if float(length) > 0:
             vector = vector.scaled(torch.sqrt(2.0 / length))
-            vectors.put(slice(j, n), slice(j, j + 1), vector)
-        rest = work[j:, j + 1 :]
-        rest -= vector * (vector.conj() * rest).sum()[None, :]
+            vectors.put((slice(j, n), slice(j, j + 1)), vector)
+        for part in _parts(j + 1, k, n - j):
+            rest = work[j:, part]
+            rest -= vector * (vector.conj() * rest).sum()[None, :]
     return vectors, _triangular(vectors)
 
 
@@ -183,9 +191,12 @@ def _triangular(vectors: _Planes) -> _Planes:
     k = vectors.real.size(1)
     factor = vectors.zeros(k, k)
     for j in range(k):
-        overlaps = (vectors[:, :j].conj() * vectors[:, j, None]).sum()
-        column = (factor[:j, :j].transposed() * overlaps[:, None]).sum()
-        factor.put(slice(j), j, column.scaled(torch.tensor(-1.0, dtype=torch.float64)))
+        overlaps = vectors.zeros(j)
+        for part in _parts(0, j, vectors.real.size(0)):
+            overlaps.put(part, (vectors[:, part].conj() * vectors[:, j, None]).sum())
+        for part in _parts(0, j, j):
+            entries = (factor[part, :j].transposed() * overlaps[:, None]).sum()
+            factor.put((part, j), entries.scaled(torch.tensor(-1.0, dtype=torch.float64)))
         factor.real[j, j] = 1.0
     return factor
 

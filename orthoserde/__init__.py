@@ -8,6 +8,7 @@ from orthoserde._version import __version__
 from orthoserde.api import build, inspect, load, save, verify
 from orthoserde.codec import Codec
 from orthoserde.errors import (
+    AdapterError,
     CheckpointNotFoundError,
     CommitUncertainError,
     ConfigError,
@@ -29,6 +30,7 @@ from orthoserde.reports import Fidelity, LoadReport, SaveReport, TensorReport, V
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
+    "AdapterError",
     "CheckpointNotFoundError",
     "Codec",
     "CommitUncertainError",

@@ -30,6 +30,7 @@ SIGNATURES = {
 }
 
 ERRORS = {
+    "AdapterError": RuntimeError,
     "CheckpointNotFoundError": FileNotFoundError,
     "CommitUncertainError": OSError,
     "ConfigError": ValueError,

@@ -1,0 +1,1 @@
+"""LoReFT: low-rank linear interventions on the hidden states of a transformer."""

@@ -314,7 +314,6 @@ def test_a_get_config_may_say_that_it_is_not_known(tmp_path: Path) -> None:
         orthoserde.build(tmp_path / "m", registry=registry)
 
 
-
 def test_building_from_a_configuration_that_does_not_fit_is_one_error() -> None:
     registry = Registry()
 

@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         causal = torch.ones(length, before + length, dtype=torch.bool).tril(before)
         mask = (causal[None] & (real[:, None] != 0))[:, None]  # (batch, 1, queries, keys)
         hidden: Tensor = self.words(input_ids) + self.places(place)
-        if self.reentrant is None:
+        if self.reentrant is None or not torch.is_grad_enabled():
             for block in self.blocks:
                 (hidden,) = cast("tuple[Tensor]", block(hidden, mask, past_key_values))
             return hidden

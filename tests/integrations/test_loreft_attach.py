@@ -536,6 +536,29 @@ def test_a_part_of_the_model_cannot_be_copied_alone() -> None:
     copy.deepcopy(model.decoder)
 
 
+def test_a_part_that_outlives_its_model_keeps_its_adapter_and_cannot_be_copied() -> None:
+    model = Toy()
+    attach(model, {PATH: new()})
+    expected, decoder = model.decoder(ids()), model.decoder
+    del model
+    gc.collect()
+    assert torch.equal(decoder(ids()), expected)
+    with pytest.raises(AdapterError, match="cannot be copied without its model"):
+        copy.deepcopy(decoder)
+
+
+def test_a_layer_that_has_left_the_model_is_on_its_own_after_detaching() -> None:
+    model = Toy()
+    adapter = attach(model, {PATH: new()})
+    block = model.decoder.blocks[1]
+    plain = copy.deepcopy(model.decoder.blocks[0])
+    plain.load_state_dict(block.state_dict())
+    model.decoder.blocks[1] = nn.Identity()
+    adapter.detach()
+    hidden = torch.randn(2, 3, WIDTH)
+    assert torch.equal(block(hidden)[0], plain(hidden)[0])
+
+
 def test_a_model_inside_of_another_is_copied_with_it() -> None:
     model = Toy()
     attach(model, {PATH: new()})

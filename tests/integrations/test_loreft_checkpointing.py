@@ -147,6 +147,16 @@ def test_random_positions_are_those_of_the_forward(reentrant: bool) -> None:
 
 
 @REENTRANT
+def test_random_positions_of_two_forwards_are_not_mixed_up(reentrant: bool) -> None:
+    torch.manual_seed(4)
+    model, adapter = make(lambda real: torch.rand(real.shape) < 0.5)
+    model.decoder.reentrant, model.decoder.together = reentrant, 3
+    losses = [model(ids(), LEFT).pow(2).sum() for _ in range(2)]
+    with pytest.raises(AdapterError, match="cannot be told"):
+        gradients(adapter, *losses)
+
+
+@REENTRANT
 def test_a_prompt_is_remembered_until_backward(reentrant: bool) -> None:
     model, adapter = make("l1")
     prompt = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]])

@@ -269,6 +269,8 @@ def attach(
     was made on. Two adapters of different names can be on one model: positions ``"f1"`` and ``"l1"`` under two names
     are what pyreft calls ``f1+l1`` with weights that are not shared.
 
+    What ``torch.compile`` has compiled in this process is compiled again, for it would not notice the hooks.
+
     ``copy.deepcopy`` of the model copies the adapter and its hooks with it; a part of the model cannot be copied while
     an adapter is attached.
 

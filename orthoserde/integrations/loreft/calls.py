@@ -107,6 +107,8 @@ class Call:
             self.continues == other.continues
             and _same(self.prompt, other.prompt)
             and _same(self.source().real, other.source().real)
+            # A callable may choose at random.
+            and all(_same_chosen(self, other, key) for key in self.source().chosen)
         )
 
     def hold(self, result: object) -> bool:
@@ -226,6 +228,11 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool:
     if left is None or right is None:
         return left is right
     return left is right or (left.shape == right.shape and left.device == right.device and torch.equal(left, right))
+
+
+def _same_chosen(left: Call, right: Call, key: tuple[int, int, torch.device]) -> bool:
+    mine, theirs = left.source().chosen[key], right.source().chosen.get(key)
+    return theirs is None or (_same(mine[0], theirs[0]) and _same(mine[1], theirs[1]))
 
 
 def _call_of(entry: _Entry) -> Call | None:

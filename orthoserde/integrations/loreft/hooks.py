@@ -33,7 +33,7 @@ class Place:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Place:
         root = self.adapter.root
-        if root is not None and id(root) not in memo:
+        if self.adapter.attachment is not None and (root is None or id(root) not in memo):
             raise AdapterError(
                 f"{self.path or '(model)'} cannot be copied without its model, to which an adapter is attached; copy "
                 "the whole model, or detach first"
@@ -82,8 +82,12 @@ def intervene(place: Place, module: nn.Module, args: tuple[Any, ...], output: ob
     Raises:
         AdapterError: The output has no hidden states of the expected shape, or the mask does not fit them.
     """
+    if place.adapter.attachment is None:
+        return output  # detached while it ran, or the module has left the model before
     call = place.adapter.calls.current
-    if call is None or call.path != place.path or call.continues:
+    if call is None or call.path != place.path:
+        raise AdapterError(f"{place.path} has returned without having been called, so its tokens are not known")
+    if call.continues:
         return output
     try:
         hidden, put = outputs.hidden_states(output)

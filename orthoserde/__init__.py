@@ -9,6 +9,7 @@ from orthoserde.api import build, inspect, load, save, verify
 from orthoserde.charts import orthogonal
 from orthoserde.codec import Codec
 from orthoserde.errors import (
+    AdapterError,
     CheckpointNotFoundError,
     CommitUncertainError,
     ConfigError,
@@ -30,6 +31,7 @@ from orthoserde.reports import Fidelity, LoadReport, SaveReport, TensorReport, V
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
+    "AdapterError",
     "CheckpointNotFoundError",
     "Codec",
     "CommitUncertainError",

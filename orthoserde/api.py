@@ -19,6 +19,9 @@ from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
 from orthoserde.walk import module_types
 
+#: Kinds that are registered when the integration is imported, which a file that names one asks for.
+_LOREFT = frozenset({"orthoserde>LoReFT", "orthoserde>LoReFTAdapter"})
+
 
 def save(
     model: nn.Module,
@@ -207,6 +210,10 @@ def build(
         3
     """
     with storage.read(path) as checkpoint:
+        if any(record.kind in _LOREFT for record in checkpoint.manifest.modules):
+            # A module of our own, by a name that stands here: no file can have anything else imported.
+            from orthoserde.integrations import loreft  # noqa: F401, PLC0415
+
         return build_model(checkpoint, default_registry if registry is None else registry, device)
 
 

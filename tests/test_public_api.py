@@ -31,6 +31,7 @@ SIGNATURES = {
 }
 
 ERRORS = {
+    "AdapterError": RuntimeError,
     "CheckpointNotFoundError": FileNotFoundError,
     "CommitUncertainError": OSError,
     "ConfigError": ValueError,

@@ -6,8 +6,10 @@
 
 from orthoserde._version import __version__
 from orthoserde.api import build, inspect, load, save, verify
+from orthoserde.charts import orthogonal
 from orthoserde.codec import Codec
 from orthoserde.errors import (
+    AdapterError,
     CheckpointNotFoundError,
     CommitUncertainError,
     ConfigError,
@@ -29,6 +31,7 @@ from orthoserde.reports import Fidelity, LoadReport, SaveReport, TensorReport, V
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
+    "AdapterError",
     "CheckpointNotFoundError",
     "Codec",
     "CommitUncertainError",
@@ -57,6 +60,7 @@ __all__ = [
     "default_registry",
     "inspect",
     "load",
+    "orthogonal",
     "parametrized_tensors",
     "register",
     "save",

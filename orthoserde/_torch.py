@@ -1,7 +1,7 @@
 """The only user of torch's private names, each with what it is relied on for.
 
-Sources: torch/nn/modules/module.py, torch/nn/utils/parametrize.py, torch/nn/utils/parametrizations.py and
-torch/nn/modules/rnn.py, read in torch 2.3.1 to 2.15.0.
+Sources: torch/nn/modules/module.py, torch/nn/utils/parametrize.py, torch/nn/utils/parametrizations.py,
+torch/nn/modules/rnn.py and torch/utils/checkpoint.py, read in torch 2.3.1 to 2.15.0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ SpectralNormModule: type[nn.Module] = parametrizations._SpectralNorm
 
 #: Maps of ``parametrizations.orthogonal`` by name.
 ORTHOGONAL_MAPS: dict[str, Any] = dict(parametrizations._OrthMaps.__members__)
+
+#: Torch's own test of orthonormal columns, within 10 n eps, and its Q factor, whose R has a positive diagonal.
+is_orthogonal: Callable[[Tensor], bool] = parametrizations._is_orthogonal
+make_orthogonal: Callable[[Tensor], Tensor] = parametrizations._make_orthogonal
 
 # Wrappers that hold one module and no state of their own: module and name of the class, attribute with the module.
 _WRAPPERS = (
@@ -57,6 +61,12 @@ def unwrap(module: nn.Module) -> nn.Module:
 def _holds_only(module: nn.Module, attribute: str) -> bool:
     """Whether a wrapper is no more than that: a subclass of the user's may hold state of its own."""
     return set(module._modules) == {attribute} and not module._parameters and not module._buffers
+
+
+def is_ddp(module: nn.Module) -> bool:
+    """Whether DistributedDataParallel wraps a model or a part of it."""
+    ddp = getattr(sys.modules.get("torch.nn.parallel.distributed"), "DistributedDataParallel", None)
+    return ddp is not None and any(isinstance(part, ddp) for part in module.modules())
 
 
 def is_fsdp1(module: nn.Module) -> bool:
@@ -249,3 +259,53 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.nbytes = max([self.nbytes, *sizes])
         return result
+
+
+class AtLeastFloat32(nn.Module):
+    """A module whose tensors, and those of its children, no cast takes below float32.
+
+    ``half()``, ``bfloat16()`` and ``to(dtype)`` all go through ``_apply``, which hands one function to every tensor.
+    A cast of an enclosing module comes here too. What a cast to float16 or bfloat16 would have taken is moved to the
+    same device and stops at float32.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def cast_no_further(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype not in (torch.float16, torch.bfloat16):
+                return applied
+            return tensor.to(applied.device, torch.float32)
+
+        return super()._apply(cast_no_further, recurse)  # type: ignore[no-untyped-call]
+
+
+def remove_hooks(module: nn.Module, mine: Callable[[object], bool]) -> None:
+    """Take the forward hooks and forward pre-hooks of which ``mine`` is true off this very module.
+
+    Handles would do, but a deepcopy of a module copies its hooks and not the handles that someone holds.
+    """
+    for hooks, *flags in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if mine(hook)]:
+            del hooks[key]
+            for flag in flags:
+                flag.pop(key, None)
+
+
+def backward_id() -> int:
+    """Number of the backward pass that is running in this thread, -1 where none is.
+
+    Activation checkpointing recomputes inside of one; torch/utils/checkpoint.py asks the same function.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def forget_compiled() -> None:
+    """Make ``torch.compile`` look at its modules again: it does not notice hooks that come or go after a first call.
+
+    Source: ``skip_nnmodule_hook_guards`` in torch/_dynamo/config.py, True by default.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

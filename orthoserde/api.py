@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -19,6 +18,9 @@ from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
 from orthoserde.walk import module_types
+
+#: Kinds that are registered when the integration is imported, which a file that names one asks for.
+_LOREFT = frozenset({"orthoserde>LoReFT", "orthoserde>LoReFTAdapter"})
 
 
 def save(
@@ -148,12 +150,10 @@ def load(
     """
     registry = default_registry if registry is None else registry
     extended = _with_neighbours(registry, model)
-    is_folder = os.path.isdir(path)
-    # A folder of pyreft's says nothing of how its classes were configured, so there is nothing to compare.
-    known = registry if is_folder else extended
     sink = sink_of(debug)
-    watch = None if sink is None else Watch("load", model, known)
-    with _read_folder(path, model, extended, legacy) if is_folder else storage.read(path) as checkpoint:
+    watch = None if sink is None else Watch("load", model, extended)
+    checkpoint, known = _open(path, model, registry, extended, legacy)
+    with checkpoint:
         report = restore(
             checkpoint,
             model,
@@ -164,9 +164,6 @@ def load(
             device=device,
             verify=verify,
         )
-    if is_folder:
-        text = "a folder of pyreft's does not say dropout, activation and other arguments; the model's own were kept"
-        report = dataclasses.replace(report, notes=(*report.notes, text))
     if sink is not None and watch is not None:
         watch.report(sink)
     return report
@@ -213,6 +210,10 @@ def build(
         3
     """
     with storage.read(path) as checkpoint:
+        if any(record.kind in _LOREFT for record in checkpoint.manifest.modules):
+            # A module of our own, by a name that stands here: no file can have anything else imported.
+            from orthoserde.integrations import loreft  # noqa: F401, PLC0415
+
         return build_model(checkpoint, default_registry if registry is None else registry, device)
 
 
@@ -311,10 +312,17 @@ def _with_neighbours(registry: Registry, model: nn.Module) -> Registry:
     return registry
 
 
-def _read_folder(path: str | os.PathLike[str], model: nn.Module, registry: Registry, legacy: Legacy) -> Checkpoint:
+def _open(
+    path: str | os.PathLike[str], model: nn.Module, registry: Registry, extended: Registry, legacy: Legacy
+) -> tuple[Checkpoint, Registry]:
+    """The checkpoint at a path, and the registry by which its modules are to be compared."""
+    if not os.path.isdir(path) and extended is registry:
+        return storage.read(path), registry
     from orthoserde.integrations import pyreft  # noqa: PLC0415
 
-    return pyreft.read(path, model, registry, legacy)
+    checkpoint, is_theirs = pyreft.read(path, model, extended, legacy)
+    # pyreft's files do not say what their classes were made with, so there is nothing to compare.
+    return checkpoint, registry if is_theirs else extended
 
 
 def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:

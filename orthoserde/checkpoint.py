@@ -69,12 +69,14 @@ class Checkpoint:
         manifest: What the tensors mean.
         sources: By stored key, in the order of the manifest.
         origin: Where it came from, for messages: a path or the class of a model.
+        notes: What whoever loads it should know of its source, one sentence each.
     """
 
     manifest: Manifest
     sources: Mapping[str, TensorSource]
     origin: str
     on_close: Callable[[], None] = field(default=_nothing_to_close, repr=False)
+    notes: tuple[str, ...] = ()
 
     def tensor(self, key: str) -> Tensor:
         """Return a new CPU tensor with the elements, dtype, shape and strides recorded under ``key``.
@@ -118,7 +120,7 @@ class Checkpoint:
     def snapshot(self) -> Checkpoint:
         """Copy every tensor into memory, so that the result no longer follows the model or needs the file."""
         sources = {key: LiveTensor(self.tensor(key)) for key in self.sources}
-        return Checkpoint(self.manifest, sources, self.origin)
+        return Checkpoint(self.manifest, sources, self.origin, notes=self.notes)
 
     def close(self) -> None:
         """Release the file, if there is one. Closing twice is harmless."""

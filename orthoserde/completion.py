@@ -14,15 +14,16 @@ product may be fused. So the same W gives the same bits on any number of threads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 
-#: Rows of the result that are computed at a time, so that they stay in the cache of a core.
-ROWS = 64
+#: Elements of the result that are computed at a time: they stay in the cache of a core, and torch, which shares out
+#: larger elementwise operations, leaves them to one thread. (On busy cores the threads of a team wait for each other.)
+BLOCK_ELEMENTS = 32768
 
 
 def complete(columns: Tensor) -> Tensor:
@@ -76,9 +77,31 @@ class _Planes:
         imag = None if self.imag is None or other.imag is None else self.imag + other.imag
         return _Planes(self.real + other.real, imag)
 
-    def __sub__(self, other: _Planes) -> _Planes:
-        imag = None if self.imag is None or other.imag is None else self.imag - other.imag
-        return _Planes(self.real - other.real, imag)
+    def __iadd__(self, other: _Planes) -> _Planes:
+        self.real.add_(other.real)
+        if self.imag is not None and other.imag is not None:
+            self.imag.add_(other.imag)
+        return self
+
+    def __isub__(self, other: _Planes) -> _Planes:
+        self.real.sub_(other.real)
+        if self.imag is not None and other.imag is not None:
+            self.imag.sub_(other.imag)
+        return self
+
+    def transposed(self) -> _Planes:
+        return _Planes(self.real.mT, None if self.imag is None else self.imag.mT)
+
+    def zeros(self, *shape: int) -> _Planes:
+        """Zeros of another shape, real or complex as these are."""
+        imag = None if self.imag is None else torch.zeros(shape, dtype=self.imag.dtype)
+        return _Planes(torch.zeros(shape, dtype=self.real.dtype), imag)
+
+    def put(self, index: slice | tuple[int | slice, ...], values: _Planes) -> None:
+        """Overwrite a part."""
+        self.real[index] = values.real
+        if self.imag is not None and values.imag is not None:
+            self.imag[index] = values.imag
 
     def conj(self) -> _Planes:
         return _Planes(self.real, None if self.imag is None else -self.imag)
@@ -113,25 +136,26 @@ def _complete_matrix(base: Tensor, columns: Tensor) -> None:
     n, k = columns.shape
     vectors, factor = _reflectors(_planes(columns))
     tail = vectors[k:].conj()
-    # M = T V[k:]^H, one row for each reflector.
-    rows = [_combination([factor[i, j] for j in range(i, k)], [tail[:, j] for j in range(i, k)]) for i in range(k)]
-    for start in range(0, n, ROWS):
-        block = vectors[start : start + ROWS]
-        height = block.real.size(0)
-        result = _planes(torch.zeros(height, n - k, dtype=columns.dtype))
-        diagonal = [(row, start + row - k) for row in range(height) if start + row >= k]
-        for row, column in diagonal:
-            result.real[row, column] = 1.0
+    # M = T V[k:]^H, summed in the order of the reflectors.
+    product = _planes(torch.zeros(k, n - k, dtype=columns.dtype))
+    for part in _parts(0, n - k, k):
+        here = product[:, part]
         for j in range(k):
-            result = result - block[:, j, None] * rows[j][None, :]
-        base[start : start + height, k:] = _tensor(result, columns.dtype).to(base.device)
+            here += factor[:, j, None] * tail[None, part, j]
+    for part in _parts(0, n, n - k):
+        result = _planes(torch.zeros(part.stop - part.start, n - k, dtype=columns.dtype))
+        ones = torch.arange(min(max(part.start, k), part.stop), part.stop)
+        result.real[ones - part.start, ones - k] = 1.0
+        for j in range(k):
+            result -= vectors[part, j, None] * product[None, j]
+        base[part, k:] = _tensor(result, columns.dtype).to(base.device)
 
 
-def _combination(factors: Sequence[_Planes], vectors: Sequence[_Planes]) -> _Planes:
-    total = factors[0] * vectors[0]
-    for factor, vector in zip(factors[1:], vectors[1:], strict=True):
-        total = total + factor * vector
-    return total
+def _parts(start: int, stop: int, length: int) -> Iterator[slice]:
+    """Cut a range of rows or columns of this length into parts of at most ``BLOCK_ELEMENTS``."""
+    step = max(1, BLOCK_ELEMENTS // max(1, length))
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
@@ -140,52 +164,47 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
     Each vector v is scaled to ``v^H v = 2``, so that its reflector is ``I - v v^H``.
     """
     n, k = work.real.shape
-    vectors: list[_Planes] = []
-    columns = [work[:, j] for j in range(k)]
+    vectors = work.zeros(n, k)
     for j in range(k):
-        column = columns[j]
-        head = column[j]
-        norm = torch.sqrt(column[j:].squared_norm())
+        column = work[j:, j]
+        head, norm = column[0], torch.sqrt(column.squared_norm())
         size = torch.sqrt(_square(head))
         # Adding the norm with the sign (phase) of the head avoids cancellation; a zero head counts as positive.
         phase = _Planes(torch.ones_like(size), None if head.imag is None else torch.zeros_like(size))
         if float(size) > 0:
             phase = _Planes(head.real / size, None if head.imag is None else head.imag / size)
-        vector = _zero_above(column, j)
-        pivot = head + phase.scaled(norm)
-        vector.real[j] = pivot.real
-        if vector.imag is not None and pivot.imag is not None:
-            vector.imag[j] = pivot.imag
+        vectors.put((slice(j, n), j), column)
+        vectors.put((j, j), head + phase.scaled(norm))
+        vector = vectors[j:, j, None]
         length = vector.squared_norm()
         if float(length) > 0:
             vector = vector.scaled(torch.sqrt(2.0 / length))
-        vectors.append(vector)
-        for i in range(j + 1, k):
-            overlap = (vector.conj() * columns[i]).sum()
-            columns[i] = columns[i] - vector * overlap
-    stacked = _stack(vectors, n)
-    return stacked, _triangular(vectors, k)
+            vectors.put((slice(j, n), slice(j, j + 1)), vector)
+        for part in _parts(j + 1, k, n - j):
+            rest = work[j:, part]
+            rest -= vector * (vector.conj() * rest).sum()[None, :]
+    return vectors, _triangular(vectors)
 
 
-def _triangular(vectors: list[_Planes], k: int) -> _Planes:
+def _triangular(vectors: _Planes) -> _Planes:
     """T, column by column: ``T[:j, j] = -T[:j, :j] (V[:, :j]^H v_j)``, with ones on the diagonal (``v^H v = 2``)."""
-    imag = None if vectors and vectors[0].imag is None else torch.zeros(k, k, dtype=torch.float64)
-    factor = _Planes(torch.zeros(k, k, dtype=torch.float64), imag)
+    k = vectors.real.size(1)
+    factor = vectors.zeros(k, k)
     for j in range(k):
-        overlaps = [(vectors[i].conj() * vectors[j]).sum() for i in range(j)]
-        for i in range(j):
-            entry = _combination([factor[i, m] for m in range(i, j)], overlaps[i:])
-            factor.real[i, j] = -entry.real
-            if factor.imag is not None and entry.imag is not None:
-                factor.imag[i, j] = -entry.imag
+        overlaps = vectors.zeros(j)
+        for part in _parts(0, j, vectors.real.size(0)):
+            overlaps.put(part, (vectors[:, part].conj() * vectors[:, j, None]).sum())
+        for part in _parts(0, j, j):
+            entries = (factor[part, :j].transposed() * overlaps[:, None]).sum()
+            factor.put((part, j), entries.scaled(torch.tensor(-1.0, dtype=torch.float64)))
         factor.real[j, j] = 1.0
     return factor
 
 
 def _planes(tensor: Tensor) -> _Planes:
     if tensor.is_complex():
-        return _Planes(tensor.real.to(torch.float64), tensor.imag.to(torch.float64))
-    return _Planes(tensor.to(torch.float64), None)
+        return _Planes(tensor.real.to(torch.float64, copy=True), tensor.imag.to(torch.float64, copy=True))
+    return _Planes(tensor.to(torch.float64, copy=True), None)
 
 
 def _tensor(planes: _Planes, dtype: torch.dtype) -> Tensor:
@@ -197,21 +216,3 @@ def _tensor(planes: _Planes, dtype: torch.dtype) -> Tensor:
 def _square(number: _Planes) -> Tensor:
     square = number.real * number.real
     return square if number.imag is None else square + number.imag * number.imag
-
-
-def _zero_above(column: _Planes, j: int) -> _Planes:
-    real = column.real.clone()
-    real[:j] = 0
-    if column.imag is None:
-        return _Planes(real, None)
-    imag = column.imag.clone()
-    imag[:j] = 0
-    return _Planes(real, imag)
-
-
-def _stack(vectors: list[_Planes], n: int) -> _Planes:
-    if not vectors:
-        return _Planes(torch.zeros(n, 0, dtype=torch.float64), None)
-    real = torch.stack([vector.real for vector in vectors], dim=1)
-    parts = [vector.imag for vector in vectors if vector.imag is not None]
-    return _Planes(real, torch.stack(parts, dim=1) if parts else None)

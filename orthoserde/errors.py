@@ -63,6 +63,10 @@ class UnsupportedModuleError(OrthoserdeError, RuntimeError):
         return render(self.message, self.problems)
 
 
+class AdapterError(OrthoserdeError, RuntimeError):
+    """An adapter cannot be attached to this model, or cannot tell what it is to do in this forward."""
+
+
 class IncompatibleModelError(OrthoserdeError, RuntimeError):
     """The checkpoint and the model do not fit. The model has not been changed.
 

@@ -34,15 +34,17 @@ class RegisteredClass:
     def config(self, parametrization: nn.Module) -> dict[str, JSON] | None:
         """What ``get_config`` returns, else the arguments of the construction; None where these are not JSON.
 
+        A ``get_config`` may return None itself, for an instance that has something in it which JSON cannot say.
+
         Raises:
-            ConfigError: ``get_config`` returned something else than a JSON object.
+            ConfigError: ``get_config`` returned something else than a JSON object or None.
         """
         if describes_itself(self.type):
             try:
                 config = json_values.to_json(cast("Any", parametrization).get_config())
             except ConfigError as error:
                 raise ConfigError(f"{self.type.__qualname__}.get_config() must return JSON: {error}") from error
-            if not isinstance(config, dict):
+            if config is not None and not isinstance(config, dict):
                 raise ConfigError(f"{self.type.__qualname__}.get_config() must return a dict of JSON values")
             return config
         captured = cast("str | None", vars(parametrization).get(_CAPTURED))

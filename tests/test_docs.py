@@ -1,13 +1,16 @@
 """The Python blocks of README.md and of the pages under docs/ run as they stand.
 
 The blocks of one page share a namespace and run from top to bottom in an empty folder, warnings being errors.
-A block that cannot run here says why in its info string, and is only compiled::
+A block that cannot run here says why in its info string, and is only compiled; one that needs a package of its own
+is only compiled where that is not installed::
 
     ```python no-run needs a GPU
+    ```python needs pyreft
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import textwrap
@@ -41,16 +44,16 @@ class Block:
     source: str
 
     def execute(self, namespace: dict[str, object]) -> None:
-        """Run the block in ``namespace`` (a ``no-run`` block is only compiled); fail with page and line."""
+        """Run the block in ``namespace``, or compile it if it is not to be run; fail with page and line."""
         mark, _, reason = self.options.partition(" ")
-        if mark not in ("", "no-run") or (mark == "no-run" and not reason):
-            expected = "'python' or 'python no-run <reason>'"
+        if mark not in ("", "no-run", "needs") or (mark and not reason):
+            expected = "'python', 'python no-run <reason>' or 'python needs <package>'"
             pytest.fail(f"{self.page}:{self.line}: expected {expected}, got 'python {self.options}'")
         # The lines before the block keep the line numbers of tracebacks equal to those of the page.
         source = "\n" * (self.line - 1) + self.source
         try:
             code = compile(source, str(ROOT / self.page), "exec", dont_inherit=True)
-            if mark != "no-run":
+            if not mark or (mark == "needs" and importlib.util.find_spec(reason) is not None):
                 exec(code, namespace)  # noqa: S102 - running the pages is what this module is for
         except Exception as error:
             line = _line_in_page(error, str(ROOT / self.page)) or self.line
@@ -135,10 +138,18 @@ def test_a_block_marked_no_run_is_not_run() -> None:
     block.execute({})
 
 
-@pytest.mark.parametrize("options", ["no-run", "norun because", "title=example"])
+def test_a_block_that_needs_a_package_runs_where_it_is_installed() -> None:
+    (absent,) = python_blocks("page.md", "```python needs no_such_package\n1 / 0\n```\n")
+    absent.execute({})
+    (present,) = python_blocks("page.md", "```python needs torch\n1 / 0\n```\n")
+    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:2: ZeroDivisionError"):
+        present.execute({})
+
+
+@pytest.mark.parametrize("options", ["no-run", "needs", "norun because", "title=example"])
 def test_a_mark_without_a_reason_or_a_meaning_is_refused(options: str) -> None:
     (block,) = python_blocks("page.md", f"```python {options}\n1\n```\n")
-    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:2: expected 'python' or"):
+    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:2: expected 'python', "):
         block.execute({})
 
 

@@ -23,6 +23,7 @@ EXAMPLES: list[tuple[OrthoserdeError, type[Exception]]] = [
     (errors.OrthoserdeError("what"), Exception),
     (errors.RegistrationError("what"), ValueError),
     (errors.ConfigError("what"), ValueError),
+    (errors.AdapterError("what"), RuntimeError),
     (errors.UnsupportedModuleError("what", PROBLEMS), RuntimeError),
     (errors.IncompatibleModelError("what", PROBLEMS), RuntimeError),
     (errors.FileFormatError("what"), ValueError),

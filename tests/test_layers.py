@@ -27,6 +27,8 @@ FLOORS = {
     "registry": 1,
     "storage": 1,
     "parametrizations": 2,
+    "registration": 1,
+    "charts": 3,
     "walk": 2,
     "names": 2,
     "scope": 2,

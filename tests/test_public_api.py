@@ -27,9 +27,11 @@ SIGNATURES = {
     "verify": "(path, *, registry=None)",
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
+    "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True)",
 }
 
 ERRORS = {
+    "AdapterError": RuntimeError,
     "CheckpointNotFoundError": FileNotFoundError,
     "CommitUncertainError": OSError,
     "ConfigError": ValueError,
@@ -93,7 +95,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(orthoserde, name))
 
 
-@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify"])
+@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify", "orthogonal"])
 def test_a_docstring_names_every_argument(function: str) -> None:
     text = inspect.getdoc(getattr(orthoserde, function)) or ""
     for parameter in inspect.signature(getattr(orthoserde, function)).parameters:

@@ -286,7 +286,7 @@ def test_get_config_and_from_config_take_the_place_of_arguments() -> None:
     assert vars(codec.build(config, None))["dtype"] is torch.float64
 
 
-@pytest.mark.parametrize("returned", [{"a": object()}, ["a"], None])
+@pytest.mark.parametrize("returned", [{"a": object()}, ["a"], "a"])
 def test_a_get_config_that_is_not_json_is_an_error(returned: Any) -> None:
     registry = Registry()
 
@@ -297,6 +297,21 @@ def test_a_get_config_that_is_not_json_is_an_error(returned: Any) -> None:
 
     with pytest.raises(ConfigError, match="get_config"):
         config_of(registry, Module())
+
+
+def test_a_get_config_may_say_that_it_is_not_known(tmp_path: Path) -> None:
+    registry = Registry()
+
+    @registry.register("tests>Module")
+    class Module(nn.Module):
+        def get_config(self) -> None:
+            return None
+
+    assert config_of(registry, Module()) is None
+    report = orthoserde.save(Module(), tmp_path / "m", registry=registry)
+    assert report.unconfigured == ("(model)",)
+    with pytest.raises(ConfigError, match="not in the file"):
+        orthoserde.build(tmp_path / "m", registry=registry)
 
 
 def test_building_from_a_configuration_that_does_not_fit_is_one_error() -> None:

@@ -78,7 +78,7 @@ def restore(
         tensors=reports,
         fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
         loaded=len(plan.writes) + len(plan.makes),
-        notes=tuple(plan.notes),
+        notes=(*plan.notes, *checkpoint.notes),
     )
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from orthoserde import _torch
 from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.manifest import OPAQUE, ParametrizationRecord, ParametrizedRecord, TensorRecord
 from orthoserde.parametrizations import codec_for_kind
+from orthoserde.registration import register_given
 from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import DTYPES
 
@@ -47,58 +46,19 @@ class Attachment:
 
     def attach(self) -> Callable[[], None]:
         """Attach the parametrizations; return what undoes it."""
-        undo = _snapshot(self.module, self.bare)
-        originals = [self.originals[name] for name in self.record.originals] if self.originals else []
-        try:
-            holder = _Given(originals, single=self.keeps_parameter) if originals else nn.Identity()
-            name = self.record.tensor_name
-            # A tensor made in inference mode can only be handled there; others must not become such.
-            with torch.inference_mode(self.bare.is_inference()):
-                parametrize.register_parametrization(self.module, name, holder, unsafe=True)
-            parametrized = _torch.parametrization_lists(self.module)[name]
-            parametrized[0] = self.links[0]
-            for link in self.links[1:]:
-                parametrized.append(link)
-            parametrized.unsafe = self.record.unsafe
-            if not self.keeps_parameter:
-                for frozen in self.frozen:
-                    _torch.own_parameters(parametrized).get(frozen, self.bare.detach()).requires_grad_(False)
-            parametrized.train(self.module.training)
-            cast("nn.ModuleDict", self.module.parametrizations).training = self.module.training
-        except BaseException:
-            undo()
-            raise
+        undo = register_given(
+            self.module,
+            self.record.tensor_name,
+            self.links,
+            [self.originals[name] for name in self.record.originals] if self.originals else [],
+            single=self.keeps_parameter,
+            unsafe=self.record.unsafe,
+        )
+        if not self.keeps_parameter:
+            parametrized = _torch.parametrization_lists(self.module)[self.record.tensor_name]
+            for frozen in self.frozen:
+                _torch.own_parameters(parametrized).get(frozen, self.bare.detach()).requires_grad_(False)
         return undo
-
-
-class _Given(nn.Module):
-    """Stands in while torch registers a parametrization, and hands it the originals instead of computing them."""
-
-    def __init__(self, originals: list[Tensor], *, single: bool) -> None:
-        super().__init__()
-        self._originals = originals
-        self._single = single
-
-    def forward(self, *originals: Tensor) -> Tensor:
-        return originals[0]
-
-    def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self._originals[0] if self._single else tuple(self._originals)
-
-
-def _snapshot(module: nn.Module, bare: Tensor) -> Callable[[], None]:
-    """Remember what registering a parametrization changes on a module; the result puts it back."""
-    cls = type(module)
-    restore_tables = _torch.remember_tables(module)
-    memory = bare.detach()
-
-    def undo() -> None:
-        module.__class__ = cls
-        restore_tables()
-        with torch.no_grad(), torch.inference_mode(bare.is_inference()):
-            bare.set_(memory)  # type: ignore[call-overload]
-
-    return undo
 
 
 def build_links(

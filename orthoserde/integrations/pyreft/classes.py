@@ -104,12 +104,6 @@ def extend(registry: Registry, types: Iterable[type[nn.Module]]) -> Registry:
     return registry.extended(codecs, [base for base in bases if base is not None])
 
 
-def without_interventions(registry: Registry) -> Registry:
-    """A registry that has none of pyvene's classes, so that :func:`extend` says what they are and not their user."""
-    codecs = [codec for kind in registry if (codec := registry.for_kind(kind)) is not None]
-    return Registry().extended([codec for codec in codecs if not is_pyvene([codec.type])])
-
-
 def _base(cls: type, name: str, module: str) -> type | None:
     for base in cls.__mro__:
         if base.__name__ == name and base.__module__ == f"pyvene.models.{module}":

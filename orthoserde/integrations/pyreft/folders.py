@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch
+from orthoserde import _torch, storage
 from orthoserde.capture import link_record
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import (
@@ -42,6 +42,7 @@ from orthoserde.errors import (
 from orthoserde.integrations.pyreft.classes import (
     OVERRIDING,
     is_intervenable_model,
+    is_intervention,
     is_trained,
     known_base,
 )
@@ -81,23 +82,32 @@ RENAMED = {
     "rotate_layer_base": BASE,
 }
 
+#: Numbers that pyvene registers as buffers and that the class with the override never saves; shapes say them too.
+NUMBERS = ("embed_dim", "interchange_dim")
+
 ORTHOGONAL = "torch>orthogonal"
+
+#: What a load from such files says.
+NOTE = "pyreft's files do not say dropout, activation and other arguments; the model's own were kept"
 
 #: Probes of a base, and what the root of their mean square may be, in units of sqrt(n) eps; see Note [Damaged base].
 PROBES = 4
 LARGEST_PROBE = 100.0
 
 
-def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, legacy: Legacy) -> Checkpoint:
-    """Read a folder as a checkpoint for a model.
+def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, legacy: Legacy) -> tuple[Checkpoint, bool]:
+    """Read a folder as a checkpoint for a model, or one file of such a folder for a model with one intervention.
 
     Args:
-        path: The folder.
+        path: The folder or file. A file that is none of pyreft's is read as any other.
         model: The model that it will be loaded into; it says where its interventions stand and which base tensors are
             frozen, so that they are not asked for.
         registry: One that knows the model's interventions.
         legacy: As for ``orthoserde.load``; with ``"project"`` or ``"keep"`` the computed weight stands for a rotation
             whose base is damaged.
+
+    Returns:
+        The checkpoint, and whether it is made from files of pyreft's.
 
     Raises:
         FileFormatError: It is no folder of pyreft's, or its files are not those that its ``config.json`` names, or they
@@ -106,34 +116,70 @@ def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, leg
         FileAccessError: The system refuses to read it.
         IncompatibleModelError: The model has no interventions, or others.
     """
+    if not os.path.isdir(path):
+        return _read_file(path, model, registry, legacy)
     folder = folder_of(os.fsdecode(path))
     files = files_in(folder)
     with _torch.undisturbed():
-        reader = _Reader(folder, take_inventory(model), registry, legacy)
-        types = types_in(folder, files, {key for key, (_, module) in reader.modules.items() if not _has_file(module)})
+        inventory = take_inventory(model)
+        prefix = _prefix(inventory, folder)
+        parent = join(prefix, "interventions")
+        children = _torch.child_modules(inventory.modules[parent])
+        modules = {normalize(name) or name: (join(parent, name), module) for name, module in children.items()}
+        reader = _Reader(folder, inventory, modules, registry, legacy)
+        types = types_in(folder, files, {key for key, (_, module) in modules.items() if not _has_file(module)})
         for key, name in files.items():
             with read_state(os.path.join(folder, name)) as state:
-                reader.take_intervention(key, state, types.get(key))
+                where, module = modules.get(key, (join(parent, key), None))
+                reader.take_intervention(where, module, state, types.get(key))
         if os.path.lexists(os.path.join(folder, BASE_MODEL_FILE)):
             with read_state(os.path.join(folder, BASE_MODEL_FILE)) as state:
                 for key in state.manifest.tensors:
-                    reader.take(join(reader.prefix, "model", key), state, key)
-        return reader.checkpoint()
+                    reader.take(join(prefix, "model", key), state, key)
+        return reader.checkpoint(), True
+
+
+def _read_file(
+    path: str | os.PathLike[str], model: nn.Module, registry: Registry, legacy: Legacy
+) -> tuple[Checkpoint, bool]:
+    """Read one file, which may be the state of the model's only intervention."""
+    checkpoint = storage.read(path)
+    if checkpoint.manifest.has_configuration or ROTATION not in checkpoint.manifest.tensors:
+        return checkpoint, False
+    with checkpoint, _torch.undisturbed():
+        inventory = take_inventory(model)
+        found: dict[int, tuple[str, nn.Module]] = {}
+        for where, module in inventory.modules.items():
+            if is_intervention(type(module)):
+                found.setdefault(id(module), (where, module))
+        if len(found) != 1:
+            raise IncompatibleModelError(
+                f"{checkpoint.origin} holds one intervention, the model {len(found)}; load the folder that it is in, "
+                "or load it into its intervention"
+            )
+        modules = {where: (where, module) for where, module in found.values()}
+        reader = _Reader(checkpoint.origin, inventory, modules, registry, legacy)
+        for where, module in modules.values():
+            reader.take_intervention(where, module, checkpoint, None)
+        return reader.checkpoint().snapshot(), True
 
 
 class _Reader:
     """Collects what goes into the checkpoint, and everything that is wrong with it."""
 
-    def __init__(self, folder: str, inventory: Inventory, registry: Registry, legacy: Legacy) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        origin: str,
+        inventory: Inventory,
+        modules: Mapping[str, tuple[str, nn.Module]],
+        registry: Registry,
+        legacy: Legacy,
+    ) -> None:
+        self.origin = origin
         self.inventory = inventory
+        self.modules = modules
         self.registry = registry
         self.legacy = legacy
-        self.prefix = _prefix(inventory, folder)
-        root = inventory.modules[join(self.prefix, "interventions")]
-        children = _torch.child_modules(root)
-        #: Interventions of the model by normalized key: the name that each has there, and the module.
-        self.modules = {normalize(name) or name: (name, module) for name, module in children.items()}
         self.tensors: dict[str, TensorRecord] = {}
         self.sources: dict[str, TensorSource] = {}
         self.parametrized: list[ParametrizedRecord] = []
@@ -151,10 +197,17 @@ class _Reader:
             record = dataclasses.replace(record, parameter=slot.parameter, requires_grad=requires_grad)
         self.tensors[key], self.sources[key] = record, state.sources[stored]
 
-    def take_intervention(self, key: str, state: Checkpoint, class_name: str | None) -> None:
-        """Put the state of an intervention under the keys of the model; see Note [Forms of a rotation]."""
-        name, module = self.modules.get(key, (key, None))
-        where = join(self.prefix, "interventions", name)
+    def take_intervention(
+        self, where: str, module: nn.Module | None, state: Checkpoint, class_name: str | None
+    ) -> None:
+        """Put the state of an intervention under the keys of the model; see Note [Forms of a rotation].
+
+        Args:
+            where: Path of the intervention.
+            module: The model's; None where it has none.
+            state: What the file holds.
+            class_name: Name of its class, as far as it is known.
+        """
         overridden = ROTATION in state.manifest.tensors
         base = None if module is None else known_base(type(module))
         if module is not None and class_name not in (None, type(module).__name__):
@@ -198,7 +251,9 @@ class _Reader:
                 f"{list(base.shape)} and {list(original.shape)}"
             )
         error = _probe(base)
-        if not error <= LARGEST_PROBE * math.sqrt(side) * torch.finfo(original.dtype).eps:
+        # Half precision counts as damage: a base that was rounded to it is far from orthogonal in any other.
+        eps = torch.finfo(torch.float64 if base.dtype == torch.float64 else torch.float32).eps
+        if not error <= LARGEST_PROBE * math.sqrt(side) * eps:
             self.damaged.append(f"{where}: its base is off orthogonality by {error:.3g}")
             if self.legacy in ("project", "keep"):
                 kept = {theirs: ours for theirs, ours in names.items() if ours not in (ORIGINAL, BASE)}
@@ -223,10 +278,10 @@ class _Reader:
             IncompatibleModelError: An intervention is of another class than the model's.
         """
         if self.problems:
-            raise IncompatibleModelError(f"{self.folder} does not fit the model, nothing was loaded:", self.problems)
+            raise IncompatibleModelError(f"{self.origin} does not fit the model, nothing was loaded:", self.problems)
         if self.damaged and self.legacy not in ("project", "keep"):
             raise DamagedFileError(
-                f"{self.folder}: damaged by a resume from a legacy folder, nothing was loaded: "
+                f"{self.origin}: damaged by a resume from a legacy folder, nothing was loaded: "
                 f"{'; '.join(self.damaged)}. Use an earlier checkpoint, or start afresh at the computed weights with "
                 "legacy='project' or 'keep'"
             )
@@ -235,8 +290,8 @@ class _Reader:
             parametrized=(*self.parametrized, *self._others()),
             left_out=tuple(self._not_asked_for()),
         )
-        check_references(manifest, self.folder)
-        return Checkpoint(manifest, self.sources, self.folder)
+        check_references(manifest, self.origin)
+        return Checkpoint(manifest, self.sources, self.origin, notes=(NOTE,))
 
     def _others(self) -> Iterator[ParametrizedRecord]:
         """Other parametrized tensors, of classes of the user's or of the base model: state without configuration."""
@@ -261,11 +316,7 @@ class _Reader:
     def _not_asked_for(self) -> Iterator[str]:
         """Keys of the model that no folder holds: frozen tensors of the base, and numbers that the shapes say too."""
         scope = scope_of(self.inventory, self.registry, None)
-        numbers = [
-            join(self.prefix, "interventions", name, number)
-            for name, _ in self.modules.values()
-            for number in ("embed_dim", "interchange_dim")
-        ]
+        numbers = [join(where, number) for where, _ in self.modules.values() for number in NUMBERS]
         for key in (*scope.left_out, *numbers):
             if key not in self.tensors:
                 yield key

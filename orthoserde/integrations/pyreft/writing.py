@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from orthoserde import _torch, storage
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import ConfigError, FileAccessError
+from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations.pyreft.classes import (
     KNOWN,
     MODEL_KIND,
@@ -27,10 +27,10 @@ from orthoserde.integrations.pyreft.classes import (
     OVERRIDING,
     REPRESENTATION,
     extend,
-    without_interventions,
 )
 from orthoserde.integrations.pyreft.folders import (
     BASE,
+    NUMBERS,
     ORIGINAL,
     RENAMED,
     ROTATION,
@@ -41,14 +41,11 @@ from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, CONFIG_FILE
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind
-from orthoserde.registry import Registry, default_registry
+from orthoserde.registry import Registry
 from orthoserde.walk import module_types, take_inventory
 
 #: What of a LoReFT rotation is written: the computed weight alone, or its state too.
 Form = Literal["legacy", "full"]
-
-#: Numbers that pyvene registers as buffers and that the class with the override never saves.
-_NUMBERS = ("embed_dim", "interchange_dim")
 
 
 #: Where an intervention keeps a source of its own.
@@ -59,8 +56,6 @@ def write(
     path_or_model: str | os.PathLike[str] | nn.Module,
     folder: str | os.PathLike[str],
     form: Form = "legacy",
-    *,
-    registry: Registry | None = None,
 ) -> dict[str, int]:
     """Write a folder that ``pyreft.ReftModel.load`` reads.
 
@@ -73,7 +68,6 @@ def write(
         form: What is written of the rotation of a ``LoreftIntervention``: ``"legacy"``, the computed weight (shape
             (n, k), float32) as every pyreft does, with which training cannot go on; ``"full"`` adds its original (n, k)
             and base (n, n), as pyreft pull request 179 does. Interventions of other classes are always written in full.
-        registry: Names of your classes, for a model; those of ``orthoserde.register`` by default.
 
     Returns:
         Size in bytes of each file by name.
@@ -90,23 +84,21 @@ def write(
     """
     if form not in get_args(Form):
         raise ConfigError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
-    registry = default_registry if registry is None else registry
     target = os.path.abspath(os.fsdecode(folder))
     if isinstance(path_or_model, nn.Module):
-        registry = extend(without_interventions(registry), module_types(path_or_model))
+        # What pyreft has to know of a class is not what its author may have registered of it.
+        registry = extend(Registry(), module_types(path_or_model))
         modules = take_inventory(path_or_model).modules
         classes = {path: str(type(module)) for path, module in modules.items()}
         with capture(path_or_model, registry) as checkpoint, _torch.undisturbed():
-            return _write(checkpoint, classes, target, form, registry)
+            return _write(checkpoint, classes, target, form)
     with storage.read(path_or_model) as checkpoint, _torch.undisturbed():
         if checkpoint.damaged():
-            raise ConfigError(f"{checkpoint.origin}: damaged; use another copy")
-        return _write(checkpoint, {}, target, form, registry)
+            raise DamagedFileError(f"{checkpoint.origin}: damaged, so nothing was written; use another copy")
+        return _write(checkpoint, {}, target, form)
 
 
-def _write(
-    checkpoint: Checkpoint, classes: Mapping[str, str], target: str, form: Form, registry: Registry
-) -> dict[str, int]:
+def _write(checkpoint: Checkpoint, classes: Mapping[str, str], target: str, form: Form) -> dict[str, int]:
     root, interventions = _parts(checkpoint)
     assert root.config is not None
     names = [record.path.rpartition(".")[2] for record in interventions]
@@ -126,7 +118,7 @@ def _write(
     }
     states: dict[str, Mapping[str, Tensor]] = {}
     for record, name in zip(interventions, names, strict=True):
-        state = _state(checkpoint, record, form, registry)
+        state = _state(checkpoint, record, form)
         if state:
             states[f"{PREFIX}{name}{SUFFIX}"] = state
     base = _base_state(checkpoint, join(root.path, "model"))
@@ -150,6 +142,11 @@ def _parts(checkpoint: Checkpoint) -> tuple[ModuleRecord, list[ModuleRecord]]:
     if not isinstance(representations, list) or len(representations) != len(interventions):
         raise ConfigError(f"{checkpoint.origin}: it does not say where its {len(interventions)} interventions act")
     for record in interventions:
+        if not record.kind.startswith("pyvene>"):
+            text = (
+                f"registered as {record.kind}, of which the file does not say what pyreft needs; pass the model instead"
+            )
+            raise ConfigError(f"{checkpoint.origin}: {record.path}: {text}")
         if record.config is None:
             raise ConfigError(f"{checkpoint.origin}: {record.path}: the arguments it was made with are not known")
     return roots[0], interventions
@@ -188,7 +185,7 @@ def _dimension(checkpoint: Checkpoint, record: ModuleRecord) -> JSON:
     return value
 
 
-def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form, registry: Registry) -> dict[str, Tensor]:
+def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form) -> dict[str, Tensor]:
     """What pyreft would save of an intervention, empty where it would save nothing."""
     config = record.config or {}
     names = _below(checkpoint, record.path)
@@ -202,12 +199,12 @@ def _state(checkpoint: Checkpoint, record: ModuleRecord, form: Form, registry: R
     state: dict[str, Tensor] = OrderedDict()
     for theirs, ours in wanted.items():
         if ours == WEIGHT:
-            state[theirs] = _weight(checkpoint, record, registry)
+            state[theirs] = _weight(checkpoint, record)
         elif ours in names:
             state[theirs] = checkpoint.tensor(join(record.path, ours))
     for name in names:
         # What a class made from LoReFT's adds: pyreft's own save would lose it, its load passes over it.
-        if name not in (*RENAMED.values(), *_NUMBERS):
+        if name not in (*RENAMED.values(), *NUMBERS):
             if name in RENAMED:
                 raise ConfigError(
                     f"{checkpoint.origin}: {record.path}: pyreft gives {name!r} another meaning; rename it"
@@ -227,12 +224,12 @@ def _base_state(checkpoint: Checkpoint, path: str) -> dict[str, Tensor]:
     return {name: checkpoint.tensor(kept) for kept, name in names.items()}
 
 
-def _weight(checkpoint: Checkpoint, record: ModuleRecord, registry: Registry) -> Tensor:
+def _weight(checkpoint: Checkpoint, record: ModuleRecord) -> Tensor:
     path = join(record.path, ROTATION)
     for parametrized in checkpoint.manifest.parametrized:
         if path in (parametrized.module, *parametrized.aliases) and len(parametrized.chain) == 1:
             link = parametrized.chain[0]
-            codec = codec_for_kind(registry, link.kind)
+            codec = codec_for_kind(Registry(), link.kind)
             if codec is not None and link.config is not None:
                 tensors = {name: checkpoint.tensor(parametrized.original_key(name)) for name in parametrized.originals}
                 tensors |= {role: checkpoint.tensor(parametrized.link_key(0, role)) for role in link.tensors}

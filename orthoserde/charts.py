@@ -1,0 +1,93 @@
+"""Orthogonal parametrizations in the canonical chart, on live modules.
+
+Note [Charts]
+Torch's trivialized orthogonal parametrization computes ``weight = base @ map(original)``. For n > k the first k
+columns of ``base`` are the weight at registration; the other n - k are any orthonormal completion of them. Which one is
+a choice of coordinates: with another, the same weights are reached at other values of ``original``. The canonical
+completion is a function of the first columns alone, so it takes no random numbers, and n k numbers stand for n n.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from orthoserde import _torch
+from orthoserde.completion import complete
+from orthoserde.registration import register_given
+
+#: dtypes in which torch can orthogonalise; in half precision its own function leaves the parametrization unusable.
+_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def orthogonal(
+    module: nn.Module,
+    name: str = "weight",
+    orthogonal_map: str | None = None,
+    *,
+    use_trivialization: bool = True,
+) -> nn.Module:
+    """Register torch's orthogonal parametrization, with a canonical base.
+
+    A drop-in for ``torch.nn.utils.parametrizations.orthogonal``: the same parametrization is registered, under the same
+    names. What differs is the base of a matrix that is not square, whose completion is canonical here and random there:
+    no random generator is used, no n x n matrix is factorised, and the base need not be stored to be known again.
+
+    Args:
+        module: Module that holds the tensor.
+        name: Name of the tensor, of shape ``(..., n, k)``; float32, float64, complex64 or complex128. A weight that is
+            orthonormal already (its shorter side, within ``10 n eps`` as torch has it) is kept bit for bit; any other
+            is replaced by its Q factor, as torch does. On the meta device there is nothing to keep.
+        orthogonal_map: ``"matrix_exp"``, ``"cayley"`` or ``"householder"``; by default ``"matrix_exp"`` for square and
+            complex tensors and ``"householder"`` for others.
+        use_trivialization: Whether there is a base. Without one this is torch's function.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: The module has no such tensor, or one that cannot be parametrized so (fewer than two dimensions,
+            half precision, complex with householder, parametrized already), or there is no such map. Nothing has
+            changed.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> layer = torch.nn.Linear(8, 4)
+        >>> weight = torch.nn.init.orthogonal_(layer.weight).clone()
+        >>> torch.equal(orthoserde.orthogonal(layer).weight, weight)
+        True
+
+    Source: torch/nn/utils/parametrizations.py, ``orthogonal`` and ``_Orthogonal`` (torch 2.13); see Note [Charts].
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        text = f"{type(module).__qualname__} has no parameter or buffer named {name!r}"
+        raise ValueError(text)  # noqa: TRY004  # as torch does
+    if name in _torch.parametrization_lists(module):
+        raise ValueError(f"{name!r} is parametrized already, and torch would leave a second base empty")
+    if weight.dim() < 2:
+        raise ValueError(f"{name!r}: expected a matrix or a batch of matrices, got {weight.dim()} dimensions")
+    if weight.dtype not in _DTYPES:
+        raise ValueError(f"{name!r}: expected float32 or better, got {weight.dtype}; convert the module first")
+    rows, columns = weight.shape[-2:]
+    default = "matrix_exp" if rows == columns or weight.is_complex() else "householder"
+    chosen = default if orthogonal_map is None else orthogonal_map
+    if chosen not in _torch.ORTHOGONAL_MAPS:
+        raise ValueError(f"orthogonal_map: expected one of {', '.join(_torch.ORTHOGONAL_MAPS)}, got {chosen!r}")
+    if not use_trivialization or (rows == columns and weight.device.type != "meta"):
+        return parametrizations.orthogonal(module, name, chosen, use_trivialization=use_trivialization)
+    with torch.no_grad():
+        link = _torch.OrthogonalModule(weight, _torch.ORTHOGONAL_MAPS[chosen], use_trivialization=True)
+        _torch.set_buffer(link, "base", complete(_orthonormal(weight.mT if rows < columns else weight)))
+        original = torch.zeros_like(weight)
+        original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    register_given(module, name, [link], [original], single=True, unsafe=True)
+    return module
+
+
+def _orthonormal(tall: Tensor) -> Tensor:
+    """A matrix with orthonormal columns: itself, if it is one, else its Q factor."""
+    if tall.device.type == "meta" or _torch.is_orthogonal(tall):
+        return tall
+    return _torch.make_orthogonal(tall)

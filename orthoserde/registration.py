@@ -1,0 +1,84 @@
+"""Register parametrizations whose state is known: no ``right_inverse``, no factorisation, no random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from orthoserde import _torch
+
+
+def register_given(
+    module: nn.Module,
+    name: str,
+    links: Sequence[nn.Module],
+    originals: Sequence[Tensor],
+    *,
+    single: bool,
+    unsafe: bool,
+) -> Callable[[], None]:
+    """Register a chain of parametrizations on a plain tensor of a module.
+
+    Args:
+        module: The module.
+        name: Name of the tensor; a single original takes its place in the same Parameter object.
+        links: The parametrizations, in order, with their own tensors in place.
+        originals: The unconstrained tensors; empty if the plain tensor itself is to be the original.
+        single: Whether there is one, called ``original``; else they are ``original0``, ``original1``, ...
+        unsafe: As for ``register_parametrization``.
+
+    Returns:
+        What undoes it. If it fails, it is undone.
+    """
+    bare = cast("Tensor", getattr(module, name))
+    undo = _snapshot(module, bare)
+    try:
+        holder = _Given(originals, single=single) if originals else nn.Identity()
+        # A tensor made in inference mode can only be handled there; others must not become such.
+        with torch.inference_mode(bare.is_inference()):
+            parametrize.register_parametrization(module, name, holder, unsafe=True)
+        parametrized = _torch.parametrization_lists(module)[name]
+        parametrized[0] = links[0]
+        for link in links[1:]:
+            parametrized.append(link)
+        parametrized.unsafe = unsafe
+        parametrized.train(module.training)
+        cast("nn.ModuleDict", module.parametrizations).training = module.training
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+class _Given(nn.Module):
+    """Stands in while torch registers a parametrization, and hands it the originals instead of computing them."""
+
+    def __init__(self, originals: Sequence[Tensor], *, single: bool) -> None:
+        super().__init__()
+        self._originals = tuple(originals)
+        self._single = single
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        return originals[0]
+
+    def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self._originals[0] if self._single else self._originals
+
+
+def _snapshot(module: nn.Module, bare: Tensor) -> Callable[[], None]:
+    """Remember what registering a parametrization changes on a module; the result puts it back."""
+    cls = type(module)
+    restore_tables = _torch.remember_tables(module)
+    memory = bare.detach()
+
+    def undo() -> None:
+        module.__class__ = cls
+        restore_tables()
+        with torch.no_grad(), torch.inference_mode(bare.is_inference()):
+            bare.set_(memory)  # type: ignore[call-overload]
+
+    return undo

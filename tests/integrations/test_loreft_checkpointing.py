@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any, cast
 
 import pytest
@@ -200,6 +201,19 @@ class Unpack(nn.Module):
         (result,) = self.block(hidden)
         assert isinstance(result, Tensor)
         return result
+
+
+@REENTRANT
+@pytest.mark.parametrize("together", [1, 2])
+def test_backward_may_run_in_another_thread_as_it_does_on_a_gpu(together: int, reentrant: bool) -> None:
+    model, adapter = make()
+    expected = gradients(adapter, model(ids(), RIGHT).pow(2).sum())
+    model.decoder.reentrant, model.decoder.together = reentrant, together
+    loss, found = model(ids(), RIGHT).pow(2).sum(), []
+    thread = threading.Thread(target=lambda: found.extend(gradients(adapter, loss)))
+    thread.start()
+    thread.join()
+    assert_same(found, expected)
 
 
 def test_tensors_moved_away_and_back_are_still_of_their_forward() -> None:

@@ -573,18 +573,19 @@ def test_a_model_inside_of_another_is_copied_with_it() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile's own
-def test_a_compiled_model_is_adapted_although_it_has_run_before() -> None:
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_compiled_model_is_adapted_although_it_has_run_before(freeze: bool) -> None:
     model = Toy()
     compiled = cast("nn.Module", torch.compile(model, backend="eager"))
     plain = compiled(ids())
-    adapter = attach(compiled, {PATH: new()})
+    adapter = attach(compiled, {PATH: new()}, freeze=freeze)
     assert adapter.root is model
     expected = model(ids())
     assert not torch.equal(expected, plain)
     assert torch.equal(compiled(ids()), expected)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert torch.equal(compiled(ids(), mask), model(ids(), mask))
-    assert trainable_parameters(compiled) == adapter.trainable_parameters()
+    assert trainable_parameters(compiled) == trainable_parameters(model if not freeze else adapter)
     detach(compiled)
     assert torch.equal(compiled(ids()), plain)
 

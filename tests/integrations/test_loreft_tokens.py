@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +98,30 @@ def test_an_exception_leaves_nothing_behind(error: type[BaseException], where: s
     assert adapter.calls.current is None
     # The decoder alone, as generation calls encoders: nothing encloses it now.
     assert torch.equal(model.decoder(ids()), expected)
+
+
+def test_an_exception_keeps_no_tensor_alive() -> None:
+    model = nn.Sequential(nn.Linear(4, WIDTH), nn.Linear(WIDTH, 3))
+    attach(model, {"0": new()}, "all")
+    hidden = torch.randn(2, 5)  # too wide, so the first layer raises
+    alive = weakref.ref(hidden)
+    with pytest.raises(RuntimeError):
+        model(hidden)
+    del hidden
+    gc.collect()
+    assert alive() is None
+
+
+def test_what_the_users_own_hooks_make_of_the_arguments_counts() -> None:
+    model, loreft = Toy(), new()
+    model.register_forward_pre_hook(lambda module, args: (args[0], RIGHT))
+    attach(model, {PATH: loreft}, "l1")
+    found = model(ids())
+    plain = Toy()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    attach(plain, {PATH: loreft}, "l1")
+    assert torch.equal(found, plain(ids(), RIGHT))
+    assert not torch.equal(found, plain(ids()))
 
 
 class Nested(nn.Module):
@@ -283,8 +309,8 @@ def test_torchs_encoder_may_make_nested_tensors_of_padded_ones(positions: str) -
     assert close(found[RIGHT != 0], expected[RIGHT != 0], 1000)
 
 
-@pytest.mark.parametrize("tgt", [None, LEFT])
-@pytest.mark.parametrize("src", [None, RIGHT])
+@pytest.mark.parametrize("tgt", [None, LEFT.flip(0)])
+@pytest.mark.parametrize("src", [None, LEFT])
 def test_encoder_and_decoder_of_torchs_transformer_have_a_mask_each(src: Tensor | None, tgt: Tensor | None) -> None:
     model = nn.Transformer(WIDTH, 2, 1, 1, 8, dropout=0.0, batch_first=True)
     left, right = torch.randn(2, 5, WIDTH), torch.randn(2, 5, WIDTH)
@@ -338,10 +364,10 @@ def test_a_decoder_does_not_take_the_encoders_mask(other_mask: Tensor | None) ->
     plain = model.decoder.layer(right)
     (expected,) = slow_hook(loreft, "f1", other_mask)(model, (), (plain,))
     adapter = attach(model, {"encoder.layer": loreft, "decoder.layer": loreft}, "f1")
-    encoded, decoded = model(left, RIGHT.flip(0), right, other_mask)
+    encoded, decoded = model(left, LEFT.flip(0), right, other_mask)
     assert close(decoded, expected, 1000)
     # Generation calls the encoder directly, without the root.
-    assert torch.equal(model.encoder(left, RIGHT.flip(0)), encoded)
+    assert torch.equal(model.encoder(left, LEFT.flip(0)), encoded)
     assert adapter.calls.current is None
 
 
@@ -384,6 +410,31 @@ def test_every_layer_of_the_prompt_is_intervened_on_although_the_first_has_fille
     model = Toy()
     attach(model, {f"decoder.blocks.{index}": new() for index in range(3)}, "f1+l1")
     assert torch.equal(model(ids(), None, Cache()), model(ids()))
+
+
+class Keeps(nn.Module):
+    """Has a cache of its own and hands it to its layers: only these calls show it."""
+
+    def __init__(self, toy: Toy) -> None:
+        super().__init__()
+        self.blocks = toy.decoder.blocks
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        cache = Cache()
+        for block in self.blocks:
+            (hidden,) = block(hidden, None, cache)
+        return hidden
+
+
+def test_a_cache_that_layers_are_given_and_have_filled_is_no_sign_of_a_generation() -> None:
+    model = Keeps(Toy())
+    hidden = torch.randn(2, 5, WIDTH)
+    lorefts = [new() for _ in range(3)]
+    expected = hidden
+    for block, loreft in zip(model.blocks, lorefts, strict=True):
+        (expected,) = slow_hook(loreft, "f1", None)(block, (), block(expected))
+    attach(model, {f"blocks.{index}": loreft for index, loreft in enumerate(lorefts)}, "f1")
+    assert close(model(hidden), expected, 1000)
 
 
 def test_a_step_with_tokens_in_the_cache_is_left_alone() -> None:

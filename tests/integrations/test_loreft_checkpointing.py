@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any, cast
 
 import pytest
@@ -180,6 +181,31 @@ def test_a_prompt_is_remembered_until_backward(reentrant: bool) -> None:
 
 
 @REENTRANT
+def test_two_forwards_with_other_prompts_are_not_mixed_up(reentrant: bool) -> None:
+    model, adapter = make("l1")
+    model.decoder.reentrant, model.decoder.together = reentrant, 3
+    losses = []
+    for prompt in (LEFT, RIGHT):
+        with adapter.prompt(prompt):
+            losses.append(model(ids()).pow(2).sum())
+    with pytest.raises(AdapterError, match="cannot be told"):
+        gradients(adapter, *losses)
+
+
+@REENTRANT
+def test_one_input_with_other_prompts_is_not_mixed_up_where_the_whole_model_is_repeated(reentrant: bool) -> None:
+    model, adapter = make("l1")
+    words, anchor = ids(), torch.zeros((), requires_grad=True)
+    losses = []
+    for prompt in (LEFT, torch.tensor([[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]])):
+        with adapter.prompt(prompt):
+            result = checkpoint(lambda w, a: model(w) + a, words, anchor, use_reentrant=reentrant)
+            losses.append(cast("Tensor", result).pow(2).sum())
+    with pytest.raises(AdapterError, match="cannot be told"):
+        gradients(adapter, *losses)
+
+
+@REENTRANT
 def test_layers_that_are_called_without_the_model(reentrant: bool) -> None:
     model, adapter = make("f1")
     blocks = [Unpack(block) for block in model.decoder.blocks]
@@ -202,6 +228,19 @@ class Unpack(nn.Module):
         return result
 
 
+@REENTRANT
+@pytest.mark.parametrize("together", [1, 2])
+def test_backward_may_run_in_another_thread_as_it_does_on_a_gpu(together: int, reentrant: bool) -> None:
+    model, adapter = make()
+    expected = gradients(adapter, model(ids(), RIGHT).pow(2).sum())
+    model.decoder.reentrant, model.decoder.together = reentrant, together
+    loss, found = model(ids(), RIGHT).pow(2).sum(), []
+    thread = threading.Thread(target=lambda: found.extend(gradients(adapter, loss)))
+    thread.start()
+    thread.join()
+    assert_same(found, expected)
+
+
 def test_tensors_moved_away_and_back_are_still_of_their_forward() -> None:
     model, adapter = make()
     expected = gradients(adapter, model(ids(), RIGHT).pow(2).sum())
@@ -220,16 +259,22 @@ def test_a_model_whose_output_is_opaque_is_an_error_where_it_would_be_a_guess() 
         def __init__(self, toy: Toy) -> None:
             super().__init__()
             self.blocks = toy.decoder.blocks
+            self.plain = False
 
         def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Any:
             run = lambda h: self.blocks[1](self.blocks[0](h)[0])[0]  # noqa: E731
-            return Box(checkpoint(run, hidden, use_reentrant=True))
+            result = cast("Tensor", checkpoint(run, hidden, use_reentrant=True))
+            return result if self.plain else Box(result)
 
     opaque = Opaque(Toy())
     adapter = attach(opaque, {"blocks.1": strong(LoReFT(WIDTH, 2))}, "f1")
     hidden = torch.randn(2, 5, WIDTH, requires_grad=True)
+    loss = opaque(hidden, LEFT).tensor.sum()
+    opaque.plain = True
+    other = opaque(hidden, RIGHT)  # whose graph is alive, and known to be
     with pytest.raises(AdapterError, match="cannot be told"):
-        gradients(adapter, opaque(hidden, LEFT).tensor.sum())
+        gradients(adapter, loss)
+    assert other.grad_fn is not None
 
 
 def test_a_forward_inside_of_a_backward_is_a_forward_of_its_own() -> None:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from orthoserde.integrations.loreft import LoReFT
 
 WIDTH = 6
 WORDS = 11
+#: The tables of a module in which hooks are.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+#: Which tokens are real, of two rows of five.
+LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+RIGHT = LEFT.flip(1)
+HOLES = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]])
+SHORT = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+#: The layer that most tests intervene on.
+PATH = "decoder.blocks.1"
 
 
 class Cache:
@@ -187,3 +204,32 @@ def close(left: Tensor, right: Tensor, n: int = 100) -> bool:
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Everything about a model that attaching could change: tables, hooks, tensors, modes."""
+    return [
+        (name, id(module), list(module._modules), [dict(getattr(module, table)) for table in HOOKS], module.training)
+        for name, module in model.named_modules()
+    ] + [(name, id(p), p.requires_grad, p._version, p.clone()) for name, p in model.named_parameters()]
+
+
+def same(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(
+        len(a) == len(b)
+        and all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def new(**arguments: Any) -> LoReFT:
+    return strong(LoReFT(WIDTH, 2, **arguments))
+
+
+@contextmanager
+def slowly(model: Toy, loreft: LoReFT, positions: str, mask: Tensor | None) -> Iterator[None]:
+    handle: RemovableHandle = model.decoder.blocks[1].register_forward_hook(slow_hook(loreft, positions, mask))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -139,7 +139,7 @@ class Adapter(nn.Module):
         try:
             root.add_module(name, self)
             for path, module in on_the_way.items():
-                module.register_forward_pre_hook(hooks.hook(self, path, hooks.enter), prepend=True, with_kwargs=True)
+                module.register_forward_pre_hook(hooks.hook(self, path, hooks.enter), with_kwargs=True)
                 if path in self._names:
                     module.register_forward_hook(hooks.hook(self, path, hooks.intervene))
                 module.register_forward_hook(hooks.hook(self, path, hooks.leave), always_call=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 #: Masks of (batch, seq) in which a real token is true or 1.
 ATTENTION = "attention_mask"
 
-#: Masks of (batch, seq) in which padding is True, or -inf, as torch.nn hands them down.
+#: Masks of (batch, seq) in which a real token is False, or 0 where torch.nn has put -inf for True.
 PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 
 #: Keys and values of tokens that were there before this call.
@@ -81,7 +81,7 @@ def padding_mask(arguments: Arguments) -> Tensor | None:
     mask = arguments.get(names[0])
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    return mask.detach() != float("-inf") if mask.is_floating_point() else ~mask.detach().bool()
+    return mask.detach() == 0
 
 
 def is_other_sequence(arguments: Arguments) -> bool:

@@ -64,6 +64,7 @@ SIDEWAYS = {
     ("scope", "names"),
     ("scope", "walk"),
     ("integrations", "capture"),
+    ("integrations", "charts"),
     ("integrations", "restore"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
 
 from orthoserde import _torch
+from orthoserde.charts import orthogonal
 from orthoserde.json_values import JSON
 from orthoserde.registry import register
 from orthoserde.tensor_bytes import DTYPES, dtype_name

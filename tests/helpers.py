@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from orthoserde import side_by_side
 
 #: A message shows this many differences.
 SHOWN_DIFFERENCES = 20
@@ -232,6 +235,17 @@ def raised_by(action: Callable[[], object]) -> Exception | None:
         except Exception as error:
             return error
     return None
+
+
+#: Threads of a load: as few as small tensors get, or more than there may be cores, whatever the tensors.
+THREADS = (1, 4)
+
+
+def use_threads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tasks that may run in any thread be shared out among so many, however small they are."""
+    monkeypatch.setattr(side_by_side, "_threads_at_hand", lambda: count)
+    monkeypatch.setattr(side_by_side, "SMALL_BYTES", 1)
+    monkeypatch.setattr(side_by_side, "BYTES_PER_THREAD", 1)
 
 
 def header_bytes(path: Path) -> int:

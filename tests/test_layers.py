@@ -20,6 +20,7 @@ FLOORS = {
     "manifest_json": 0,
     "checkpoint": 0,
     "reports": 0,
+    "side_by_side": 0,
     "completion": 1,
     "describe": 1,
     "registry": 1,

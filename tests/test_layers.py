@@ -50,6 +50,7 @@ SIDEWAYS = {
     ("manifest_json", "tensor_bytes"),
     ("manifest", "tensor_bytes"),
     ("checkpoint", "manifest"),
+    ("checkpoint", "side_by_side"),
     ("checkpoint", "tensor_bytes"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),

@@ -132,8 +132,9 @@ def load(
         reparametrize: Where the file has a parametrized tensor and the model a plain one, attach the parametrization
             (without ``right_inverse``, factorisation or random numbers). With False that is refused.
         device: Where tensors on the meta device are placed, the CPU by default; no other tensor is moved.
-        verify: Read the file twice: check every digest before the first write, then read into place. With False a
-            damaged tensor is found only when it is read, and raises ``LoadInterruptedError``.
+        verify: Read the file twice: check every digest before the first write, then read into place and check again.
+            With False the file is read once and no digest is compared: faster, but damaged elements are loaded as
+            they are. (Damage to the header, and to a computed weight that stands for state, is found in any case.)
         registry: Names of your classes; those of ``orthoserde.register`` by default.
         debug: As for :func:`save`; residuals are those before and after the load.
 

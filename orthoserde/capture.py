@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.scope import Select, scope_of
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
-from orthoserde.tensor_bytes import dtype_name, iter_bytes
+from orthoserde.tensor_bytes import dtype_name, ignore, iter_bytes
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
 
 
@@ -96,13 +97,15 @@ class ComputedTensor:
     tensor: ParametrizedTensor
     registry: Registry
 
+    any_thread: ClassVar[bool] = False
+
     def blocks(self) -> Iterator[memoryview]:
         """Yield the elements as row-major bytes."""
         return iter_bytes(self.compute())
 
-    def fill(self, target: Tensor) -> str:
-        """Overwrite ``target`` in place with the elements; return the digest of what was read."""
-        return LiveTensor(self.compute()).fill(target)
+    def fill(self, target: Tensor, see: Callable[[memoryview], None] = ignore) -> None:
+        """Overwrite ``target`` in place with the elements."""
+        LiveTensor(self.compute()).fill(target, see)
 
     def compute(self) -> Tensor:
         """The computed tensor.

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from orthoserde import tensor_bytes
 from orthoserde.manifest import Manifest
+from orthoserde.side_by_side import GoOn, work_through
 
 
 class TensorSource(Protocol):
-    """The elements of one stored tensor, fetched when asked."""
+    """The elements of one stored tensor, fetched when asked.
+
+    Attributes:
+        any_thread: Whether several threads may read several of them at the same time, with the same bits in the end:
+            bytes may be read, but nothing is computed and no memory is shared.
+    """
+
+    any_thread: ClassVar[bool]
 
     def blocks(self) -> Iterator[memoryview]:
         """Yield the elements as row-major bytes."""
 
-    def fill(self, target: Tensor) -> str:
-        """Overwrite ``target`` in place, converting the dtype; return the digest of the bytes that were read."""
+    def fill(self, target: Tensor, see: Callable[[memoryview], None] = tensor_bytes.ignore) -> None:
+        """Overwrite ``target`` in place, converting the dtype.
+
+        ``see`` is called with each block of bytes that has been read, in row-major order. What it raises ends the
+        filling.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +44,14 @@ class LiveTensor:
 
     tensor: Tensor
 
+    any_thread: ClassVar[bool] = False
+
     def blocks(self) -> Iterator[memoryview]:
         """Yield the elements as row-major bytes."""
         return tensor_bytes.iter_bytes(self.tensor)
 
-    def fill(self, target: Tensor) -> str:
-        """Overwrite ``target`` in place with the elements; return the digest of what was read."""
+    def fill(self, target: Tensor, see: Callable[[memoryview], None] = tensor_bytes.ignore) -> None:
+        """Overwrite ``target`` in place with the elements."""
         blocks = self.blocks()
         pending = memoryview(b"")
 
@@ -50,8 +65,15 @@ class LiveTensor:
                 memory[done : done + step] = pending[:step]
                 pending = pending[step:]
                 done += step
+            see(memory)
 
-        return tensor_bytes.fill(target, self.tensor.dtype, read_into)
+        tensor_bytes.fill(target, self.tensor.dtype, read_into)
+
+
+def _stoppable(blocks: Iterator[memoryview], go_on: GoOn) -> Iterator[memoryview]:
+    for block in blocks:
+        go_on()
+        yield block
 
 
 def _nothing_to_close() -> None:
@@ -98,15 +120,25 @@ class Checkpoint:
     def damaged(self) -> list[str]:
         """Read every tensor that has a digest once; return the keys of those whose bytes are not what was saved.
 
+        Large tensors of a file are read several at a time.
+
+        Returns:
+            Their keys, in the order of the manifest.
+
         Raises:
             FileAccessError: The system refuses to read the file.
             FileFormatError: The file changed meanwhile.
         """
-        return [
-            key
-            for key, record in self.manifest.tensors.items()
-            if record.digest is not None and tensor_bytes.digest_of(self.sources[key].blocks()) != record.digest
-        ]
+        digests = self.manifest.digests
+
+        def is_damaged(key: str, go_on: GoOn) -> bool:
+            return tensor_bytes.digest_of(_stoppable(self.sources[key].blocks(), go_on)) != digests[key]
+
+        def movable(key: str) -> int:
+            return self.manifest.tensors[key].nbytes if self.sources[key].any_thread else 0
+
+        keys = list(digests)
+        return list(itertools.compress(keys, work_through(keys, is_damaged, movable)))
 
     def below(self, path: str) -> Checkpoint:
         """The same tensors in names that begin at a module; all of them must be below its path.

@@ -198,6 +198,11 @@ class Manifest:
         """Bytes of all stored tensors."""
         return sum(record.nbytes for record in self.tensors.values())
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the stored tensors that have one, by key."""
+        return {key: record.digest for key, record in self.tensors.items() if record.digest is not None}
+
     def __str__(self) -> str:
         lines = [f"{len(self.tensors)} tensors, {self.nbytes} bytes, {len(self.parametrized)} parametrized"]
         counts = Counter(", then ".join(link.kind for link in record.chain) for record in self.parametrized)

@@ -159,8 +159,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _is_plain_memory(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+def is_row_major_memory(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of a tensor's memory are its elements as row-major values of ``dtype``."""
+    plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
+    return plain and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def iter_bytes(tensor: Tensor) -> Iterator[memoryview]:
@@ -171,41 +173,54 @@ def iter_bytes(tensor: Tensor) -> Iterator[memoryview]:
     """
     # No torch.no_grad() here: it would be held, or left behind, in the code that takes the blocks. Detached will do.
     for block in row_blocks(tensor.detach()):
-        if not _is_plain_memory(block):
+        if not is_row_major_memory(block, block.dtype):
             block = block.resolve_conj().resolve_neg().cpu().contiguous()
         yield as_bytes(block)
 
 
-def fill(target: Tensor, dtype: torch.dtype, read_into: Callable[[memoryview], None]) -> str:
+def ignore(block: memoryview) -> None:
+    """Do nothing with a block of bytes."""
+
+
+def fill(target: Tensor, dtype: torch.dtype, read_into: Callable[[memoryview], None]) -> None:
     """Overwrite a tensor, block by block, with row-major bytes of ``dtype``.
 
     Args:
         target: Tensor to overwrite in place; any device, stride and dtype.
         dtype: dtype of the bytes; where it is not the target's, values are converted.
         read_into: Called with writable memory, in row-major order; fills all of it.
-
-    Returns:
-        The digest of the bytes that were read.
     """
-    hasher = xxhash.xxh3_128()
     with torch.no_grad():
         for block in row_blocks(target.detach()):
-            direct = block.dtype == dtype and _is_plain_memory(block)
+            direct = is_row_major_memory(block, dtype)
             staged = block if direct else torch.empty(block.shape, dtype=dtype, device="cpu")
             memory = as_bytes(staged)
             read_into(memory)
-            hasher.update(memory)
             if not direct:
                 block.copy_(staged)
     if target.numel() and not target.is_inference():
         # The bytes above were written behind autograd's back: it must see them as an in-place change.
         torch.autograd.graph.increment_version(target)
-    return hasher.hexdigest()
+
+
+class Digest:
+    """The digest of bytes that come in blocks; their sizes do not matter."""
+
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
+
+    def add(self, block: memoryview) -> None:
+        """Go on with the next block."""
+        self._hasher.update(block)
+
+    def __str__(self) -> str:
+        """32 hexadecimal digits of XXH3-128, as they stand in files."""
+        return self._hasher.hexdigest()
 
 
 def digest_of(blocks: Iterable[memoryview]) -> str:
-    """Digest of a sequence of blocks: 32 hexadecimal digits of XXH3-128, whatever the size of the blocks."""
-    hasher = xxhash.xxh3_128()
+    """The digest of a sequence of blocks, as it stands in files."""
+    digest = Digest()
     for block in blocks:
-        hasher.update(block)
-    return hasher.hexdigest()
+        digest.add(block)
+    return str(digest)

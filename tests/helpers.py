@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from orthoserde import side_by_side
+from orthoserde.storage.open_file import OpenFile
 
 #: A message shows this many differences.
 SHOWN_DIFFERENCES = 20
@@ -232,6 +237,51 @@ def raised_by(action: Callable[[], object]) -> Exception | None:
         except Exception as error:
             return error
     return None
+
+
+def watch_reads(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[[int, int], None] = lambda position, count: None
+) -> list[tuple[int, int]]:
+    """Look at every read of a checkpoint's file from now on, in whatever thread.
+
+    Args:
+        monkeypatch: Ends it with the test.
+        before: Called before each read, with its position and the bytes that are asked for.
+
+    Returns:
+        Position and bytes of every read that has begun so far; it grows.
+    """
+    read_some = OpenFile._read_some
+    reads: list[tuple[int, int]] = []
+
+    def watched(file: OpenFile, memory: memoryview, position: int) -> int:
+        reads.append((position, len(memory)))
+        before(position, len(memory))
+        return read_some(file, memory, position)
+
+    monkeypatch.setattr(OpenFile, "_read_some", watched)
+    return reads
+
+
+#: How bytes at a position are read: by one call of the system, or where there is none by seeking first.
+WAYS_OF_READING = ("at positions", "by seeking")
+
+
+def read_in(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files be read in one of these ways from now on."""
+    if way == "by seeking":
+        monkeypatch.delattr(os, "preadv", raising=False)
+
+
+#: Threads of a load: as few as small tensors get, or more than there may be cores, whatever the tensors.
+THREADS = (1, 4)
+
+
+def use_threads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tasks that may run in any thread be shared out among so many, however small they are."""
+    monkeypatch.setattr(side_by_side, "_threads_at_hand", lambda: count)
+    monkeypatch.setattr(side_by_side, "SMALL_BYTES", 1)
+    monkeypatch.setattr(side_by_side, "BYTES_PER_THREAD", 1)
 
 
 def header_bytes(path: Path) -> int:

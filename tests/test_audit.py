@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import tracemalloc
@@ -32,7 +31,7 @@ from orthoserde.parametrizations.weight_norm import WeightNormCodec
 from orthoserde.reports import VerifyReport
 from orthoserde.storage.format import file_header
 from tests.golden.models import FOLDER, MODELS, REGISTRY
-from tests.helpers import flip_bit, header_bytes, surroundings
+from tests.helpers import flip_bit, header_bytes, surroundings, watch_reads
 from tests.storage.strategies import checkpoint_of
 
 GIB = 1 << 30
@@ -98,18 +97,9 @@ class TestInspect:
             assert orthoserde.inspect(golden(name)) == checkpoint.manifest
 
     def test_it_reads_the_header_alone(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        furthest = 0
-
-        class Watched(io.FileIO):
-            def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-                nonlocal furthest
-                count = super().readinto(buffer)
-                furthest = max(furthest, self.tell())
-                return count
-
-        monkeypatch.setattr("orthoserde.storage.reader.io.FileIO", Watched)
+        reads = watch_reads(monkeypatch)
         orthoserde.inspect(path)
-        assert furthest == header_bytes(path)
+        assert max(position + count for position, count in reads) == header_bytes(path)
 
     @pytest.mark.parametrize("ours", [True, False])
     def test_a_file_of_gigabytes_takes_no_longer(self, ours: bool, tmp_path: Path) -> None:

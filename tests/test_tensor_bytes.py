@@ -299,10 +299,9 @@ def test_a_large_tensor_that_is_not_row_major_is_filled_block_by_block(layout: s
     data = bytes(range(251)) * (target.nbytes // 251 + 1)
     data = data[: target.nbytes]
     with Allocations() as allocations:
-        digest = tensor_bytes.fill(target, target.dtype, reader_of(data))
+        tensor_bytes.fill(target, target.dtype, reader_of(data))
     assert max(allocations.sizes) <= BLOCK_BYTES
     assert bits(target) == data
-    assert digest == xxhash.xxh3_128_hexdigest(data)
 
 
 # Filling
@@ -317,7 +316,7 @@ def test_any_tensor_whose_elements_do_not_overlap_is_filled_with_the_bytes_it_is
         return
     source = random_tensor(target.dtype, target.shape, seed)
     strides, version = target.stride(), target._version
-    assert tensor_bytes.fill(target, target.dtype, reader_of(bits(source))) == xxhash.xxh3_128_hexdigest(bits(source))
+    tensor_bytes.fill(target, target.dtype, reader_of(bits(source)))
     assert bits(target) == bits(source)
     assert target.stride() == strides
     assert target._version > version or not target.numel()
@@ -340,18 +339,15 @@ def test_filling_a_slice_leaves_the_elements_between_alone() -> None:
     ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_filling_a_tensor_of_another_dtype_converts_and_digests_what_was_read(
-    source: str, target: str, transposed: bool
-) -> None:
+def test_filling_a_tensor_of_another_dtype_converts_what_was_read(source: str, target: str, transposed: bool) -> None:
     few = _values(getattr(torch, source))[:6]
     # Repeated as bytes, because torch 2.3 cannot repeat float8.
     raw = few.view(torch.uint8).repeat(6)[: 6 * few.element_size()]
     values = raw.view(few.dtype).view(2, 3)
     out = torch.zeros((3, 2) if transposed else (2, 3), dtype=getattr(torch, target))
     out = out.T if transposed else out
-    digest = tensor_bytes.fill(out, values.dtype, reader_of(bits(values)))
+    tensor_bytes.fill(out, values.dtype, reader_of(bits(values)))
     assert bits(out) == bits(values.to(out.dtype))
-    assert digest == xxhash.xxh3_128_hexdigest(bits(values))
 
 
 def test_autograd_sees_a_fill_as_an_in_place_change() -> None:
@@ -378,7 +374,7 @@ def test_filling_a_tensor_without_elements_reads_nothing(shape: tuple[int, ...])
     def refuse(memory: memoryview) -> None:
         raise AssertionError("nothing is there to read")
 
-    assert tensor_bytes.fill(tensor, torch.float32, refuse) == xxhash.xxh3_128_hexdigest(b"")
+    tensor_bytes.fill(tensor, torch.float32, refuse)
     assert tensor._version == 0
 
 

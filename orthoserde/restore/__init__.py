@@ -66,7 +66,7 @@ def restore(
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
         _refuse(checkpoint, model, plan, strict)
         _warn(checkpoint, completed)
-        apply(completed.checkpoint, plan)
+        apply(completed.checkpoint, plan, completed.checkpoint.manifest.digests if verify else {})
     for outcome in plan.outcomes:
         if outcome.name in completed.weights:
             outcome.action = completed.weights[outcome.name].action

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
@@ -38,7 +37,7 @@ def check_ties(checkpoint: Checkpoint, plan: Plan) -> None:
                 tie.key,
                 f"one tensor in the model, different ones in the file: {shorten(tie.stored)}; untie them to load both",
             )
-    for cluster in _overlapping(plan.writes):
+    for cluster in plan.sharing_memory:
         if not _agree(checkpoint, cluster):
             names = shorten([write.key for write in cluster])
             plan.mismatch(cluster[0].key, f"shares memory in the model with tensors that differ in the file: {names}")
@@ -46,27 +45,6 @@ def check_ties(checkpoint: Checkpoint, plan: Plan) -> None:
 
 def _digest(checkpoint: Checkpoint, key: str) -> str:
     return checkpoint.manifest.tensors[key].digest or digest_of(checkpoint.sources[key].blocks())
-
-
-def _overlapping(writes: list[Write]) -> Iterator[list[Write]]:
-    """Groups of writes whose spans of memory overlap, two or more in each."""
-    spans = [
-        (str(write.target.device), *span(write.target), write)
-        for write in writes
-        if write.target.numel() and write.target.data_ptr()
-    ]
-    cluster: list[Write] = []
-    device, end = "", 0
-    for where, start, stop, write in sorted(spans, key=lambda item: item[:3]):
-        if where == device and start < end:
-            cluster.append(write)
-            end = max(end, stop)
-            continue
-        if len(cluster) > 1:
-            yield cluster
-        cluster, device, end = [write], where, stop
-    if len(cluster) > 1:
-        yield cluster
 
 
 def _agree(checkpoint: Checkpoint, cluster: list[Write]) -> bool:

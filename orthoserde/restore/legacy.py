@@ -6,9 +6,9 @@ What `restore` then sees is a checkpoint like any other, so nothing else knows o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from orthoserde.json_values import JSON
 from orthoserde.manifest import TensorRecord, join
 from orthoserde.names import parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.registry import Registry
-from orthoserde.tensor_bytes import DTYPES, digest_of, dtype_name, is_lossless
+from orthoserde.tensor_bytes import DTYPES, Digest, digest_of, dtype_name, ignore, is_lossless
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 
 #: What to do with computed weights: take them, refuse them, or take damaged ones too, projected or as they are.
@@ -62,8 +62,9 @@ class ComputedWeight:
         """The weight, on the CPU, in the file's precision."""
         weight = torch.empty(self.record.shape, dtype=DTYPES[self.record.dtype], device="cpu")
         # float8 and half precision hardly compute on the CPU; all of their values are float32's too.
-        digest = self.source.fill(weight)
-        if self.record.digest not in (None, digest):
+        digest = Digest()
+        self.source.fill(weight, digest.add)
+        if self.record.digest not in (None, str(digest)):
             raise DamagedFileError(f"{self.key}: it changed while it was read")
         return weight.to(torch.float32) if weight.is_floating_point() and weight.element_size() < 4 else weight
 
@@ -123,13 +124,15 @@ class WorkedOut:
     weight: ComputedWeight
     role: str
 
+    any_thread: ClassVar[bool] = False
+
     def blocks(self) -> Iterator[memoryview]:
         """Yield the elements as row-major bytes."""
         return LiveTensor(self.weight.take(self.role)).blocks()
 
-    def fill(self, target: Tensor) -> str:
-        """Overwrite ``target`` in place with the elements; return the digest of what was read."""
-        return LiveTensor(self.weight.take(self.role)).fill(target)
+    def fill(self, target: Tensor, see: Callable[[memoryview], None] = ignore) -> None:
+        """Overwrite ``target`` in place with the elements."""
+        LiveTensor(self.weight.take(self.role)).fill(target, see)
 
 
 @dataclass(frozen=True)

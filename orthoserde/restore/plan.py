@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from orthoserde.errors import Problem
 from orthoserde.reports import Fidelity
 from orthoserde.restore.attach import Attachment
+from orthoserde.tensor_bytes import span
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,11 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     holders: list[nn.Module] = field(default_factory=list)
 
+    @functools.cached_property
+    def sharing_memory(self) -> list[list[Write]]:
+        """Groups of writes whose targets reach over common memory, two or more in each; found out once, at the end."""
+        return list(_overlapping(self.writes))
+
     def mismatch(self, where: str, text: str) -> None:
         """Record that the file and the model disagree."""
         self.problems.append(Problem(where, "mismatch", text))
@@ -103,3 +110,23 @@ class Plan:
     def lower(self, fidelity: Fidelity) -> None:
         """Record that something was restored no more faithfully than this."""
         self.fidelity = min(self.fidelity, fidelity)
+
+
+def _overlapping(writes: list[Write]) -> Iterator[list[Write]]:
+    spans = [
+        (str(write.target.device), *span(write.target), write)
+        for write in writes
+        if write.target.numel() and write.target.data_ptr()
+    ]
+    cluster: list[Write] = []
+    device, end = "", 0
+    for where, start, stop, write in sorted(spans, key=lambda item: item[:3]):
+        if where == device and start < end:
+            cluster.append(write)
+            end = max(end, stop)
+            continue
+        if len(cluster) > 1:
+            yield cluster
+        cluster, device, end = [write], where, stop
+    if len(cluster) > 1:
+        yield cluster

@@ -7,14 +7,13 @@ import io
 import os
 from collections.abc import Iterator
 
-import xxhash
-
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, UnsupportedModuleError
 from orthoserde.manifest import Manifest
 from orthoserde.storage.atomic import replacing
 from orthoserde.storage.container import byte_size, container_form
 from orthoserde.storage.format import file_header, in_storage_order
+from orthoserde.tensor_bytes import Digest
 
 _NO_DIGEST = "0" * 32
 
@@ -49,14 +48,14 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         file.seek(header_bytes)
         size = header_bytes
         for key in records:
-            hasher, start = xxhash.xxh3_128(), size
+            digest, start = Digest(), size
             for block in checkpoint.sources[key].blocks():
                 _write_all(file, block)
-                hasher.update(block)
+                digest.add(block)
                 size += len(block)
             if size - start != byte_size(*container_form(records[key].dtype, records[key].shape)):
                 raise UnsupportedModuleError(f"{key}: its size changed while it was being saved")
-            digests[key] = hasher.hexdigest()
+            digests[key] = str(digest)
         file.seek(0)
         _write_all(file, memoryview(file_header(_with_digests(manifest, digests))))
         # A file without tensors ends at its header; one with tensors was extended by the writes above.

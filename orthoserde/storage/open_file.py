@@ -1,0 +1,92 @@
+"""An open file that is read at positions, by several threads at the same time."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import threading
+from dataclasses import dataclass, field
+
+from orthoserde.errors import CheckpointNotFoundError, FileAccessError, FileFormatError
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A regular file, open for reading.
+
+    Attributes:
+        raw: The file as Python has it. Its own position means nothing once the file is read at positions.
+        name: What it is called in messages.
+    """
+
+    raw: io.FileIO
+    name: str
+    _seeking: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def size(self) -> int:
+        """Its size in bytes, as it is now."""
+        return os.fstat(self.raw.fileno()).st_size
+
+    def read(self, count: int, position: int) -> bytes:
+        """Return this many bytes from a position on; raises as ``read_into`` does."""
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer), position)
+        return bytes(buffer)
+
+    def read_into(self, memory: memoryview, position: int) -> None:
+        """Fill writable memory with the bytes from a position on.
+
+        Raises:
+            FileAccessError: The system refuses to read.
+            FileFormatError: The file ends before the memory is full.
+        """
+        done = 0
+        while done < len(memory):
+            try:
+                count = self._read_some(memory[done:], position + done)
+            except OSError as error:
+                raise FileAccessError(
+                    error.errno, f"cannot read the checkpoint: {error.strerror}", self.name
+                ) from error
+            if not count:
+                raise FileFormatError(f"{self.name}: the file ends too early; it changed while it was read")
+            done += count
+
+    def _read_some(self, memory: memoryview, position: int) -> int:
+        """One read of the system; how many bytes it gave."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.raw.fileno(), [memory], position)
+        # Windows has no such call, so threads read one after the other.
+        with self._seeking:
+            self.raw.seek(position)
+            return self.raw.readinto(memory) or 0
+
+    def close(self) -> None:
+        """Release the file. Closing twice is harmless."""
+        self.raw.close()
+
+
+def open_file(name: str) -> OpenFile:
+    """Open a regular file.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        FileAccessError: The system refuses to open it.
+        FileFormatError: It is not a regular file.
+    """
+    # O_NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for the regular files that pass the check.
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(name, flags)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(error.errno, "no such checkpoint", name) from error
+    except OSError as error:
+        raise FileAccessError(error.errno, f"cannot open the checkpoint: {error.strerror}", name) from error
+    except ValueError as error:
+        raise FileAccessError(errno.EINVAL, str(error), name) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileFormatError(f"{name}: not a regular file")
+    return OpenFile(io.FileIO(descriptor, "rb"), name)

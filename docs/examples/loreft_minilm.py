@@ -61,6 +61,10 @@ class Data:
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
         return ids, mask, self.labels[list(indices)]
 
+    def parts(self) -> list[range]:
+        """Return the indices of all texts, a few at a time."""
+        return [range(start, min(start + 64, len(self.tokens))) for start in range(0, len(self.tokens), 64)]
+
 
 @dataclass
 class Run:
@@ -109,10 +113,10 @@ def docstrings() -> list[tuple[str, str]]:
 
 
 @functools.cache
-def load_data() -> tuple[Data, Data]:
+def load_data(most: int) -> tuple[Data, Data]:
     """Return the training data and the held-out data, which is every fifth text in an order that hashes give."""
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    texts = docstrings()
+    texts = docstrings()[:most]
     tokens = tokenizer([text for text, _ in texts], truncation=True, max_length=MAX_TOKENS)["input_ids"]
     labels = torch.tensor([LABELS.index(family) for _, family in texts])
     test = [index for index in range(len(texts)) if index % 5 == 0]
@@ -135,9 +139,8 @@ def make(seed: int) -> tuple[Classifier, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def train(model: Classifier, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+def train(model: Classifier, optimizer: torch.optim.Optimizer, data: Data, steps: range) -> list[float]:
     """Train, and return the loss of each step."""
-    data, _ = load_data()
     model.train()
     model.encoder.eval()  # its own dropout stays off
     for module in model.modules():
@@ -156,13 +159,12 @@ def train(model: Classifier, optimizer: torch.optim.Optimizer, steps: range) -> 
 
 
 @torch.no_grad()
-def accuracy(model: Classifier) -> float:
-    """Return the accuracy on the held-out texts."""
-    _, data = load_data()
+def accuracy(model: Classifier, data: Data) -> float:
+    """Return the accuracy on held-out texts."""
     model.eval()
     hits = 0
-    for start in range(0, len(data.tokens), 64):
-        ids, mask, labels = data.batch(range(start, min(start + 64, len(data.tokens))))
+    for part in data.parts():
+        ids, mask, labels = data.batch(part)
         hits += int((model(ids, mask).argmax(dim=1) == labels).sum())
     return hits / len(data.tokens)
 
@@ -174,27 +176,24 @@ def largest_residual(model: Classifier) -> float:
     return max(float((weight.mT @ weight - torch.eye(RANK)).abs().max()) for weight in weights)
 
 
-def frozen_accuracy() -> float:
+def frozen_accuracy(training: Data, test: Data) -> float:
     """Return the held-out accuracy of a linear classifier on what the frozen encoder makes of the texts."""
     torch.manual_seed(0)
-    training, test = load_data()
     model = Classifier().eval()
     with torch.no_grad():
-        vectors = [
-            torch.cat([model.sentences(*data.batch(range(i, min(i + 64, len(data.tokens))))[:2]) for i in starts])
-            for data in (training, test)
-            for starts in [range(0, len(data.tokens), 64)]
-        ]
+        vectors, test_vectors = (
+            torch.cat([model.sentences(*data.batch(part)[:2]) for part in data.parts()]) for data in (training, test)
+        )
     best = 0.0
     for decay in (0.0, 1e-4, 1e-3):  # the best of three, chosen on the held-out texts: in favour of the frozen encoder
         head = nn.Linear(WIDTH, len(LABELS))
         optimizer = torch.optim.Adam(head.parameters(), lr=1e-2, weight_decay=decay)
         for _ in range(1500):
-            loss = F.cross_entropy(head(vectors[0]), training.labels)
+            loss = F.cross_entropy(head(vectors), training.labels)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        best = max(best, (head(vectors[1]).argmax(dim=1) == test.labels).double().mean().item())
+        best = max(best, (head(test_vectors).argmax(dim=1) == test.labels).double().mean().item())
     return best
 
 
@@ -211,32 +210,34 @@ def save_other_forms(model: Classifier, folder: Path) -> None:
     torch.save(legacy | full, folder / "full.bin")
 
 
-def run_uninterrupted(folder: Path, steps: int) -> Run:
+def run_uninterrupted(folder: Path, steps: int, texts: int) -> Run:
     """Train from the first step to the last; halfway, save to ``folder`` what the other run resumes from."""
+    training, test = load_data(texts)
     model, optimizer = make(seed=0)
-    losses = train(model, optimizer, range(steps // 2))
+    losses = train(model, optimizer, training, range(steps // 2))
     print(orthoserde.save(model, folder / "model.safetensors"))
     # For now the optimizer is saved beside the model; orthoserde's own optimizer saving comes in a later version.
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     save_other_forms(model, folder)
-    losses += train(model, optimizer, range(steps // 2, steps))
-    return Run(losses, accuracy(model), largest_residual(model))
+    losses += train(model, optimizer, training, range(steps // 2, steps))
+    return Run(losses, accuracy(model, test), largest_residual(model))
 
 
-def run_resumed(folder: Path, steps: int) -> Run:
+def run_resumed(folder: Path, steps: int, texts: int) -> Run:
     """Resume from ``folder``: what is trained starts from another seed, and the optimizer is there before the load."""
+    training, test = load_data(texts)
     model, optimizer = make(seed=1)
     print(orthoserde.load(model, folder / "model.safetensors"))
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
-    losses = train(model, optimizer, range(steps // 2, steps))
-    return Run(losses, accuracy(model), largest_residual(model))
+    losses = train(model, optimizer, training, range(steps // 2, steps))
+    return Run(losses, accuracy(model, test), largest_residual(model))
 
 
-def compare(folder: Path, steps: int) -> int:
+def compare(folder: Path, steps: int, texts: int) -> int:
     """Do both runs, show them, and return the exit code."""
-    whole = run_uninterrupted(folder, steps)
-    command = [sys.executable, __file__, "--resume", "--keep", str(folder), "--steps", str(steps)]
-    subprocess.run(command, check=True)
+    whole = run_uninterrupted(folder, steps, texts)
+    options = ["--keep", str(folder), "--steps", str(steps), "--texts", str(texts)]
+    subprocess.run([sys.executable, __file__, "--resume", *options], check=True)
     resumed = Run(**json.loads((folder / "resumed.json").read_text(encoding="utf-8")))
 
     half = steps // 2
@@ -248,7 +249,7 @@ def compare(folder: Path, steps: int) -> int:
     same &= resumed.residual == whole.residual
     print(f"bit-identical: {'yes' if same else 'no'} (each of {steps - half} resumed losses, and the result)")
     print(f"rotations off their constraint by {resumed.residual:.1e} at most")
-    print(f"held-out accuracy: LoReFT {resumed.accuracy:.1%}, frozen encoder {frozen_accuracy():.1%}")
+    print(f"held-out accuracy: LoReFT {resumed.accuracy:.1%}, frozen encoder {frozen_accuracy(*load_data(texts)):.1%}")
     print(f"bytes of {LAYERS} interventions, {WIDTH} x {RANK}:")
     for name, label in (
         ("legacy.bin", "computed weights, as pyreft saves them (cannot be resumed)"),
@@ -262,6 +263,7 @@ def compare(folder: Path, steps: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM with LoReFT, stop, resume, and compare.")
     parser.add_argument("--steps", type=int, default=600, help="training steps; half of them before the interruption")
+    parser.add_argument("--texts", type=int, default=10_000, help="use no more texts than this (%(default)s)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the checkpoints here (by default: nowhere)")
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # what the new process is started with
     arguments = parser.parse_args()
@@ -269,14 +271,14 @@ def main() -> int:
         parser.error("--steps must be at least 4")
     torch.set_num_threads(1)  # in every process: sums over several threads may round differently
     if arguments.resume:
-        run = run_resumed(arguments.keep, arguments.steps)
+        run = run_resumed(arguments.keep, arguments.steps, arguments.texts)
         (arguments.keep / "resumed.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
         return 0
     if arguments.keep:
         arguments.keep.mkdir(parents=True, exist_ok=True)
-        return compare(arguments.keep, arguments.steps)
+        return compare(arguments.keep, arguments.steps, arguments.texts)
     with tempfile.TemporaryDirectory() as folder:
-        return compare(Path(folder), arguments.steps)
+        return compare(Path(folder), arguments.steps, arguments.texts)
 
 
 if __name__ == "__main__":

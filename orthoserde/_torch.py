@@ -140,12 +140,6 @@ def state_of_its_own(module: nn.Module) -> list[str]:
     return [*own, *extra]
 
 
-def moves_its_buffers(module: nn.Module) -> bool:
-    """Whether running the module in training mode changes its buffers, also when all of its parameters are frozen."""
-    running = getattr(module, "track_running_stats", False)
-    return isinstance(module, SpectralNormModule) or (isinstance(module, nn.modules.batchnorm._NormBase) and running)
-
-
 def overrides_dispatch(tensor: Tensor) -> bool:
     """Whether a tensor subclass computes for itself (DTensor, fake), so that its memory is not its elements."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -219,10 +213,22 @@ def _refuse_fake_tensors() -> None:
 
 
 @contextlib.contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """Compute in the dtypes of the tensors, without autocast, and make new tensors on the CPU unless told otherwise."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():  # without, torch warns that there is nothing to switch off
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave the random generators (torch on CPU and CUDA, Python, NumPy) and inference mode as they are.
 
-    Inside of it new tensors are ordinary ones, also when the caller is in ``torch.inference_mode``.
+    Inside of it torch computes as it does by default, see :func:`plain_arithmetic`, and new tensors are ordinary ones,
+    also when the caller is in ``torch.inference_mode``.
     """
     _refuse_fake_tensors()
     numpy_random = sys.modules.get("numpy.random")
@@ -230,7 +236,7 @@ def undisturbed() -> Iterator[None]:
     numpy_state = numpy_random.get_state() if numpy_random is not None else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
+        with torch.inference_mode(False), plain_arithmetic(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python_state)

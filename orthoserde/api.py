@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -47,11 +47,11 @@ def save(
         include_weights: Add the computed tensors under their plain names, for readers that know nothing of
             parametrizations. They are worked out from the state, and are no part of it: a load ignores them.
         select: Which tensors to save. None saves everything; but of a model that holds an adapter (LoReFT, pyreft, or a
-            class registered with ``adapter=True``) it leaves out the frozen tensors outside of the adapters: parameters
-            that require no gradient, and the buffers of modules without a trainable parameter of their own, running
-            statistics excepted. ``"all"`` saves everything, ``"trainable"`` leaves out every frozen tensor, and a
-            callable is asked with key and tensor. A parametrized tensor is saved whole if any of its parts is selected.
-            What is left out is named in the report and in the file, and a strict load does not ask for it.
+            class registered with ``adapter=True``) it leaves out the frozen tensors outside of the adapters, those
+            parameters that require no gradient. Buffers are kept, for training may move them. ``"all"`` saves
+            everything, ``"trainable"`` leaves out every frozen tensor, and a callable is asked with key and tensor. A
+            parametrized tensor is saved whole if any of its parts is selected. What is left out is named in the report
+            and in the file, and a strict load does not ask for it.
         metadata: Strings of your own, kept in the file.
         registry: Names of your classes; those of ``orthoserde.register`` by default.
         debug: Report residuals, norms, bytes and seconds of each parametrized tensor: True to the ``orthoserde`` logger
@@ -211,11 +211,13 @@ def build(
         3
     """
     with storage.read(path) as checkpoint:
+        registry = default_registry if registry is None else registry
         if any(record.kind in _LOREFT for record in checkpoint.manifest.modules):
             # A module of our own, by a name that stands here: no file can have anything else imported.
-            from orthoserde.integrations import loreft  # noqa: F401, PLC0415
+            from orthoserde.integrations import loreft  # noqa: PLC0415
 
-        return build_model(checkpoint, default_registry if registry is None else registry, device)
+            registry = _with_own(registry, {loreft.LoReFT, loreft.Adapter})
+        return build_model(checkpoint, registry, device)
 
 
 def inspect(path: str | os.PathLike[str]) -> Manifest:
@@ -302,15 +304,19 @@ def _with_neighbours(registry: Registry, model: nn.Module) -> Registry:
         from orthoserde.integrations import pyreft  # noqa: PLC0415
 
         registry = pyreft.extend(registry, types)
-    if "orthoserde" in packages and registry is not default_registry:
-        own = [
-            codec
-            for cls in types
-            if cls.__module__.startswith("orthoserde.")
-            if (codec := default_registry.for_type(cls))
-        ]
-        registry = registry.extended(own, [codec.type for codec in own if default_registry.is_adapter(codec.type)])
-    return registry
+    return _with_own(registry, types) if "orthoserde" in packages else registry
+
+
+def _with_own(registry: Registry, types: Iterable[type[nn.Module]]) -> Registry:
+    """The registry, extended by this library's own classes among these."""
+    if registry is default_registry:
+        return registry
+    own = [
+        codec
+        for cls in types
+        if cls.__module__.startswith("orthoserde.") and (codec := default_registry.for_type(cls)) is not None
+    ]
+    return registry.extended(own, [codec.type for codec in own if default_registry.is_adapter(codec.type)])
 
 
 def _open(
@@ -331,7 +337,7 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
     if manifest.aliases:
         reasons.append("tied tensors are stored once")
     if manifest.left_out:
-        reasons.append("some tensors were left out, which a strict load_state_dict asks for")
+        reasons.append(f"{len(manifest.left_out)} tensors are not in it, which a strict load_state_dict asks for")
     if manifest.computed:
         reasons.append("computed tensors are among them, which a strict load_state_dict does not expect")
     if any(record.dtype == "complex128" for record in manifest.tensors.values()):

@@ -76,8 +76,9 @@ def orthogonal(
     if chosen not in _torch.ORTHOGONAL_MAPS:
         raise ValueError(f"orthogonal_map: expected one of {', '.join(_torch.ORTHOGONAL_MAPS)}, got {chosen!r}")
     if not use_trivialization or (rows == columns and weight.device.type != "meta"):
-        return parametrizations.orthogonal(module, name, chosen, use_trivialization=use_trivialization)
-    with torch.no_grad():
+        with _torch.plain_arithmetic():
+            return parametrizations.orthogonal(module, name, chosen, use_trivialization=use_trivialization)
+    with torch.no_grad(), _torch.plain_arithmetic():
         link = _torch.OrthogonalModule(weight, _torch.ORTHOGONAL_MAPS[chosen], use_trivialization=True)
         _torch.set_buffer(link, "base", complete(_orthonormal(weight.mT if rows < columns else weight)))
         original = torch.zeros_like(weight)

@@ -12,8 +12,9 @@ from typing import Literal
 
 ProblemKind = Literal["missing", "unexpected", "mismatch", "unsupported"]
 
-#: A message shows this many problems; the ``problems`` attribute holds all of them.
+#: A message shows this many mismatches, and keys that are on one side only; the ``problems`` attribute holds all.
 SHOWN_PROBLEMS = 40
+SHOWN_KEYS = 12
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,22 @@ class LoadInterruptedError(OrthoserdeError, RuntimeError):
 
 
 def render(message: str, problems: Sequence[Problem]) -> str:
-    """Join a headline and its problems into a readable message, one line each."""
-    shown = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"  - ... and {len(problems) - SHOWN_PROBLEMS} more (see the problems attribute)")
-    return "\n".join([message, *shown])
+    """Join a headline and its problems into a readable message, one line each.
+
+    Mismatches come first. Of keys that are merely on one side only a few are shown, and the others counted: a model
+    that lacks an adapter lacks all of its keys, and has all of its own besides.
+    """
+    lines = [f"  - {problem}" for problem in problems if problem.kind in ("mismatch", "unsupported")]
+    hidden = max(0, len(lines) - SHOWN_PROBLEMS)
+    lines = lines[:SHOWN_PROBLEMS]
+    for kind, where in (("unexpected", "in the file, not in the model"), ("missing", "in the model, not in the file")):
+        found = [problem for problem in problems if problem.kind == kind]
+        lines += [f"  - {problem}" for problem in found[:SHOWN_KEYS]]
+        if len(found) > SHOWN_KEYS:
+            lines.append(f"  - {len(found) - SHOWN_KEYS} more keys {where}")
+    if hidden:
+        lines.append(f"  - ... and {hidden} more mismatches (see the problems attribute)")
+    return "\n".join([message, *lines])
 
 
 class LegacyCheckpointWarning(UserWarning):

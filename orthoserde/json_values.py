@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import TypeAlias, Union
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias, TypeGuard, Union
 
 from orthoserde.errors import ConfigError, FileFormatError
 
@@ -115,6 +115,29 @@ def same(left: JSON, right: JSON) -> bool:
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same, left, right))
     return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
+def differences(left: JSON, right: JSON, where: str = "") -> Iterator[tuple[str, JSON, JSON]]:
+    """Yield the places at which two values differ, with what each has there; None stands for nothing, too.
+
+    Lists of numbers and strings, and lists of different lengths, differ as a whole.
+    """
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted(left.keys() | right.keys()):
+            inner = f"{where}.{key}" if where else key
+            if key not in left or key not in right:
+                yield inner, left.get(key), right.get(key)
+            else:
+                yield from differences(left[key], right[key], inner)
+    elif _is_nested(left) and _is_nested(right) and len(left) == len(right):
+        for i, (one, other) in enumerate(zip(left, right, strict=True)):
+            yield from differences(one, other, f"{where}[{i}]")
+    elif not same(left, right):
+        yield where, left, right
+
+
+def _is_nested(value: JSON) -> TypeGuard[list[JSON]]:
+    return isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value)
 
 
 def _unique(pairs: list[tuple[str, JSON]]) -> JSON:

@@ -1,9 +1,9 @@
 """Which tensors of a model a file is to hold.
 
 Note [Frozen]
-A parameter that requires no gradient is frozen, and so is a buffer of a module that has no trainable parameter of its
-own: packed weights of a quantized layer, position tables. Running statistics are not: normalisation layers and spectral
-norm move theirs whenever they run in training mode, whether or not a gradient is asked for.
+A parameter that requires no gradient is frozen. A buffer is not: running statistics, observers and averages move when a
+module runs in training mode, whether or not a gradient is asked for, and nothing says of a buffer that it never moves.
+The one exception is the base of torch's orthogonal parametrization, which belongs to its original.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def scope_of(inventory: Inventory, registry: Registry, select: Select) -> Scope:
         ConfigError: ``select`` is none of these, or it selects no tensor of a model that has some.
     """
     tensors = {key: slot.tensor for key, slot in inventory.slots.items() if slot.tensor is not None}
-    if not (select in (None, "all", "trainable") or callable(select)):
+    given: object = select  # whatever it is: an array would answer a comparison with an array
+    if not (given is None or callable(given) or (isinstance(given, str) and given in ("all", "trainable"))):
         raise ConfigError(f"select: expected None, 'all', 'trainable' or a callable, got {select!r}")
     adapters = adapter_paths(inventory, registry)
     if select == "all" or (select is None and not adapters):
@@ -68,7 +69,7 @@ def scope_of(inventory: Inventory, registry: Registry, select: Select) -> Scope:
     if tensors and not wanted:
         raise ConfigError(f"select: none of the {len(tensors)} tensors of the model is selected, so nothing was saved")
     wanted |= _bound_to(wanted, tensors, inventory)
-    skipped = {} if callable(select) else _skipped_modules(inventory, wanted, adapters if select is None else ())
+    skipped = _skipped_modules(inventory, wanted, adapters if select is None else frozenset())
     left_out = [key for key in tensors if key not in wanted]
     left_out += [key for keys in skipped.values() for key in keys if key not in tensors]
     problems = [problem for problem in inventory.problems if problem.where not in {*left_out, *skipped}]
@@ -88,7 +89,7 @@ def is_frozen(slot: Slot) -> bool:
     """Whether training leaves a tensor as it is; see Note [Frozen]."""
     if slot.parameter:
         return slot.tensor is None or not slot.tensor.requires_grad
-    return not _torch.moves_its_buffers(slot.module) and not _is_trainable(slot.module)
+    return isinstance(slot.module, _torch.OrthogonalModule)
 
 
 def is_below(key: str, paths: Iterable[str]) -> bool:

@@ -103,9 +103,9 @@ def test_a_message_has_a_line_for_each_problem(
 ) -> None:
     assert str(cls("does not fit", PROBLEMS)) == (
         "does not fit\n"
-        "  - layer.weight: not in the file\n"
-        "  - head.bias: not in the model\n"
         "  - (model): another class\n"
+        "  - head.bias: not in the model\n"
+        "  - layer.weight: not in the file\n"
         "  - head.weight: not in the file"
     )
     assert str(cls("does not fit")) == "does not fit"
@@ -113,13 +113,27 @@ def test_a_message_has_a_line_for_each_problem(
 
 
 @pytest.mark.parametrize("more", [0, 1, 60])
-def test_a_message_shows_40_problems_and_the_attribute_holds_all(more: int) -> None:
-    problems = [Problem(f"t{i}", "missing", "gone") for i in range(40 + more)]
+def test_a_message_shows_40_mismatches_and_the_attribute_holds_all(more: int) -> None:
+    problems = [Problem(f"t{i}", "mismatch", "other") for i in range(40 + more)]
     error = errors.IncompatibleModelError("does not fit", problems)
     lines = str(error).splitlines()
-    assert lines[:41] == ["does not fit", *(f"  - t{i}: gone" for i in range(40))]
-    assert lines[41:] == ([f"  - ... and {more} more (see the problems attribute)"] if more else [])
-    assert len(error.problems) == len(error.missing_keys) == 40 + more
+    assert lines[:41] == ["does not fit", *(f"  - t{i}: other" for i in range(40))]
+    assert lines[41:] == ([f"  - ... and {more} more mismatches (see the problems attribute)"] if more else [])
+    assert len(error.problems) == 40 + more
+
+
+@pytest.mark.parametrize("more", [0, 1, 60])
+def test_a_message_counts_keys_that_are_on_one_side_only_and_the_attribute_holds_all(more: int) -> None:
+    problems = [Problem(f"t{i}", "missing", "gone") for i in range(12 + more)]
+    problems += [Problem(f"u{i}", "unexpected", "odd") for i in range(12 + more)]
+    error = errors.IncompatibleModelError("does not fit", [*problems, Problem("w", "mismatch", "other")])
+    odd, gone = ([f"  - {letter}{i}: {text}" for i in range(12)] for letter, text in (("u", "odd"), ("t", "gone")))
+    rest = [
+        [f"  - {more} more keys {where}"] if more else []
+        for where in ("in the file, not in the model", "in the model, not in the file")
+    ]
+    assert str(error).splitlines() == ["does not fit", "  - w: other", *odd, *rest[0], *gone, *rest[1]]
+    assert len(error.missing_keys) == len(error.unexpected_keys) == 12 + more
 
 
 def test_a_problem_is_a_value() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orthoserde import json_values
 from orthoserde.errors import ConfigError, FileFormatError, OrthoserdeError
-from orthoserde.json_values import JSON
+from orthoserde.json_values import JSON, differences
 from tests.storage.strategies import json_values as any_json
 
 
@@ -209,3 +209,20 @@ def _spoil(value: JSON) -> None:
         for item in value:
             _spoil(item)
         value.clear()
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "found"),
+    [
+        ({"a": 1}, {"a": 1}, []),
+        ({"a": 1}, {"a": True}, [("a", 1, True)]),
+        ({"a": 1}, {"b": 1}, [("a", 1, None), ("b", None, 1)]),
+        ({"a": [1, 2]}, {"a": [1, 3]}, [("a", [1, 2], [1, 3])]),
+        ({"a": [{"b": 1}, {"b": 2}]}, {"a": [{"b": 1}, {"b": 3}]}, [("a[1].b", 2, 3)]),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"b": 3}]}, [("a", [{"b": 1}], [{"b": 1}, {"b": 3}])]),
+        ([[1], [2]], [[1], [3]], [("[1]", [2], [3])]),
+        (1, 2, [("", 1, 2)]),
+    ],
+)
+def test_differences_are_found_where_they_are(left: JSON, right: JSON, found: list[tuple[str, JSON, JSON]]) -> None:
+    assert list(differences(left, right)) == found

@@ -51,7 +51,7 @@ class Base(nn.Module):
         return out
 
 
-RUNNING = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+BUFFERS = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "positions"]
 ADAPTER = [
     "adapter.down.parametrizations.weight.original",
     "adapter.down.parametrizations.weight.0.base",
@@ -85,18 +85,18 @@ def test_of_a_model_with_an_adapter_the_frozen_tensors_outside_of_it_are_left_ou
 ) -> None:
     model = Base(adapter)
     report = orthoserde.save(model, path, registry=registry)
-    assert keys(path) == {*ADAPTER, *RUNNING}
+    assert keys(path) == {*ADAPTER, *BUFFERS}
     assert {*keys(path), *report.left_out} == set(model.state_dict())
     assert orthoserde.inspect(path).left_out == report.left_out
     assert f"left out: {len(report.left_out)}" in str(report)
-    assert any("left out" in reason for reason in report.needs_orthoserde)
+    assert any("are not in it" in reason for reason in report.needs_orthoserde)
 
 
 def test_a_trainable_tensor_is_never_left_out(path: Path) -> None:
     model = Base()
     model.first.bias.requires_grad_(True)
     orthoserde.save(model, path, registry=registry)
-    assert keys(path) == {*ADAPTER, *RUNNING, "first.bias"}
+    assert keys(path) == {*ADAPTER, *BUFFERS, "first.bias"}
 
 
 def test_a_model_without_an_adapter_is_saved_whole(path: Path) -> None:
@@ -114,16 +114,16 @@ def test_all_saves_everything_beside_an_adapter(path: Path) -> None:
 
 def test_trainable_leaves_out_what_is_frozen_inside_of_an_adapter_too(path: Path) -> None:
     orthoserde.save(Base(), path, select="trainable", registry=registry)
-    assert keys(path) == {*ADAPTER[:2], *RUNNING}
+    assert keys(path) == {*ADAPTER[:2], *BUFFERS}
 
 
-def test_trainable_keeps_buffers_of_modules_that_are_trained(path: Path) -> None:
+def test_trainable_keeps_buffers(path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     for layer in model:
         layer.register_buffer("mask", torch.ones(2))
     model[0].requires_grad_(False)
     orthoserde.save(model, path, select="trainable")
-    assert keys(path) == {"1.weight", "1.bias", "1.mask"}
+    assert keys(path) == {"0.mask", "1.weight", "1.bias", "1.mask"}
 
 
 @pytest.mark.parametrize("parametrize", [orthogonal, weight_norm, spectral_norm])
@@ -170,7 +170,23 @@ def test_a_tied_tensor_is_saved_under_all_of_its_names(path: Path) -> None:
     assert orthoserde.inspect(path).aliases == {"1.weight": "0.weight"}
 
 
-@pytest.mark.parametrize("select", ["adapter", 3, ["0.weight"], True])
+def test_an_average_of_a_model_with_an_adapter_goes_on(path: Path) -> None:
+    model, other = (torch.optim.swa_utils.AveragedModel(Base()) for _ in range(2))
+    model.update_parameters(Base())
+    orthoserde.save(model, path, registry=registry)
+    orthoserde.load(other, path, registry=registry)
+    assert int(other.n_averaged) == 1
+
+
+def test_the_running_vectors_of_old_spectral_norm_are_kept(path: Path) -> None:
+    model = Base()
+    model.old = nn.utils.spectral_norm(nn.Linear(3, 3)).requires_grad_(False)
+    orthoserde.save(model, path, registry=registry)
+    assert {"old.weight_u", "old.weight_v"} <= keys(path)
+    assert "old.weight_orig" not in keys(path)
+
+
+@pytest.mark.parametrize("select", ["adapter", 3, ["0.weight"], True, torch.ones(2)])
 def test_anything_else_is_refused_and_the_previous_file_kept(path: Path, select: object) -> None:
     path.write_bytes(b"before")
     with pytest.raises(ConfigError, match="'trainable' or a callable"):
@@ -196,6 +212,7 @@ def test_a_strict_load_asks_for_exactly_what_was_selected(path: Path) -> None:
     frozen = {key: value.clone() for key, value in other.state_dict().items() if key not in keys(path)}
     report = orthoserde.load(other, path, registry=registry)
     assert report.fidelity is Fidelity.EXACT
+    assert any(f"{len(frozen)} tensors were left out" in note for note in report.notes)
     state = other.state_dict()
     assert all(torch.equal(state[key], value) for key, value in frozen.items())
     assert all(torch.equal(state[key], model.state_dict()[key]) for key in keys(path))
@@ -208,7 +225,7 @@ def test_what_was_selected_is_asked_for(path: Path) -> None:
     before = snapshot(smaller)
     with pytest.raises(IncompatibleModelError) as caught:
         orthoserde.load(smaller, path, registry=registry)
-    assert set(caught.value.unexpected_keys) == set(RUNNING)
+    assert set(caught.value.unexpected_keys) == set(BUFFERS[:3])
     assert_unchanged(smaller, before)
 
 
@@ -234,6 +251,7 @@ def test_a_frozen_base_on_the_meta_device_is_left_there_and_that_is_said(path: P
 def test_the_adapter_of_a_file_is_built(path: Path) -> None:
     model = Base()
     model.norm = nn.BatchNorm1d(4, track_running_stats=False, affine=False)
+    del model.positions
     orthoserde.save(model, path, registry=registry)
     built = orthoserde.build(path, registry=registry)
     assert type(built) is Adapter
@@ -272,6 +290,13 @@ def test_a_base_that_cannot_be_stored_can_be_left_out(path: Path, cls: type[nn.M
     assert torch.equal(weight_of(other.adapter), weight_of(model.adapter))
 
 
+def test_a_callable_leaves_out_what_it_was_not_asked_for(path: Path) -> None:
+    model = Base()
+    model.quantized = Packed()
+    report = orthoserde.save(model, path, select=lambda key, _: key.startswith("adapter."), registry=registry)
+    assert "quantized.packed" in report.left_out
+
+
 @pytest.mark.parametrize("cls", [Packed, Extra])
 def test_state_that_cannot_be_stored_is_refused_where_it_is_not_left_out(path: Path, cls: type[nn.Module]) -> None:
     model = Base()
@@ -291,6 +316,14 @@ def test_a_file_that_holds_everything_does_not_fit_a_model_with_other_state(path
     model.adapter.quantized = Packed()
     with pytest.raises(IncompatibleModelError, match=r"adapter\.quantized"):
         orthoserde.load(model, path, registry=registry)
+
+
+def test_an_error_says_what_the_file_is_of_and_where_the_model_has_that(path: Path) -> None:
+    orthoserde.save(Adapter(4), path, registry=registry)
+    with pytest.raises(IncompatibleModelError, match=r"holds a tests>Adapter at 'the root'; .* is at 'adapter'"):
+        orthoserde.load(Base(), path, registry=registry)
+    with pytest.raises(IncompatibleModelError, match="holds a tests>Adapter, and the model none: make the model"):
+        orthoserde.load(nn.Linear(2, 2), path, registry=registry)
 
 
 def test_a_subclass_of_an_adapter_is_one_and_an_extended_registry_knows_more() -> None:

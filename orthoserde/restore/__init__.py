@@ -78,8 +78,16 @@ def restore(
         tensors=reports,
         fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
         loaded=len(plan.writes) + len(plan.makes),
-        notes=(*plan.notes, *checkpoint.notes),
+        notes=(*plan.notes, *_scope_notes(checkpoint), *checkpoint.notes),
     )
+
+
+def _scope_notes(checkpoint: Checkpoint) -> list[str]:
+    """What a file that holds a selection cannot know."""
+    count = len(checkpoint.manifest.left_out)
+    if not count:
+        return []
+    return [f"{count} tensors were left out when it was saved and not compared: they must be what they were then"]
 
 
 def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device | str | None) -> nn.Module:
@@ -107,8 +115,8 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
         config = current_config(codec, root.config, root.version)
         if config is None:
             raise ConfigError(
-                f"{checkpoint.origin}: the arguments of {root.kind} were not JSON, so they are not in the file; give "
-                "the class get_config and from_config, or make the model yourself and use load"
+                f"{checkpoint.origin}: does not have the arguments of {root.kind}, for they were not JSON; make the "
+                "model yourself and use load (or give the class get_config and from_config, and save again)"
             )
         model = codec.build(config, torch.empty(0, device=torch.device("cpu" if device is None else device)))
     restore(checkpoint, model, registry, device=device)
@@ -138,10 +146,13 @@ def _adapter_alone(checkpoint: Checkpoint) -> Checkpoint:
 def _warn(checkpoint: Checkpoint, completed: Completed) -> None:
     if completed.weights:
         projected = [name for name, weight in completed.weights.items() if weight.projected]
+        kept = [name for name, weight in completed.weights.items() if weight.kept]
         outputs = f"projecting changed {shorten(projected)}" if projected else "outputs are equal"
+        if kept:
+            outputs += f", {shorten(kept)} stays off its constraint"
         warnings.warn(
             f"{checkpoint.origin} has only the computed weight of {shorten(list(completed.weights))}: {outputs}, and "
-            "training starts in a new chart, not where it was",
+            "training starts afresh there, in new coordinates; start with a new optimizer state",
             LegacyCheckpointWarning,
             stacklevel=4,
         )
@@ -153,7 +164,7 @@ def _refuse(checkpoint: Checkpoint, model: nn.Module, plan: Plan, strict: bool) 
         problems += [Problem(key, "missing", "in the model, not in the file") for key in plan.missing]
         problems += [Problem(key, "unexpected", "in the file, not in the model") for key in plan.unexpected]
     if problems:
-        hint = _prefix_hint(plan.missing, plan.unexpected) if strict else ""
+        hint = (_prefix_hint(plan.missing, plan.unexpected) if strict else "") or _kind_hint(checkpoint, plan)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         name = _torch.class_before_parametrizations(_torch.unwrap(model)).__qualname__
         raise IncompatibleModelError(
@@ -168,6 +179,20 @@ def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
         if shorter and {key.removeprefix(prefix) for key in longer} == set(shorter) != set(longer):
             return f"all keys of the {side} begin with {prefix!r} and the others do not: load into that part; "
     return ""
+
+
+def _kind_hint(checkpoint: Checkpoint, plan: Plan) -> str:
+    """Say what the file is of, if nothing in it is anything of the model's."""
+    manifest = checkpoint.manifest
+    outermost = min(manifest.modules, key=lambda record: record.path.count(".") + bool(record.path), default=None)
+    if outermost is None or not set(manifest.tensors) <= {*plan.unexpected, *manifest.computed}:
+        return ""
+    here = [path for path, kind in plan.kinds.items() if kind == outermost.kind]
+    if not here:
+        return f"it holds a {outermost.kind}, and the model none: make the model as it was when it was saved; "
+    place = "is the model itself" if here[0] == "" else f"is at {here[0]!r}, so load into that part"
+    theirs = outermost.path or "the root"
+    return f"it holds a {outermost.kind} at {theirs!r}; that of the model {place}; "
 
 
 def _report(outcome: Outcome, registry: Registry) -> TensorReport:

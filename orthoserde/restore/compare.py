@@ -11,12 +11,15 @@ from torch import nn
 from orthoserde import _torch
 from orthoserde.codec import Codec, current_config
 from orthoserde.errors import ConfigError, Problem
-from orthoserde.json_values import JSON, same
+from orthoserde.json_values import JSON, differences
 from orthoserde.manifest import OPAQUE, Manifest, ModuleRecord, ParametrizationRecord, ParametrizedRecord
 from orthoserde.parametrizations import codec_for_kind, codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
 from orthoserde.walk import ParametrizedTensor
+
+#: A message shows a list whole up to this many characters.
+SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,16 @@ def _compare_config(
         side = "file" if theirs is None else "model"
         return Verdict((), Fidelity.UNVERIFIED, (f"the {side} does not know the configuration of its {kind}",))
     problems = tuple(
-        Problem(
-            where, "mismatch", f"{kind}: {name} is {theirs.get(name)!r} in the file, {ours.get(name)!r} in the model"
-        )
-        for name in sorted(theirs.keys() | ours.keys())
-        if name not in theirs or name not in ours or not same(theirs[name], ours[name])
+        Problem(where, "mismatch", f"{kind}: {place} is {_shown(theirs_)} in the file, {_shown(ours_)} in the model")
+        for place, theirs_, ours_ in differences(theirs, ours)
     )
     return Verdict(problems, Fidelity.EXACT)
+
+
+def _shown(value: JSON) -> str:
+    """A value for a message: lists are counted and not shown if they are long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS or not isinstance(value, list) else f"a list of {len(value)}"
 
 
 def kinds_of(record: ParametrizedRecord) -> str:

@@ -44,6 +44,7 @@ class ComputedWeight:
         twins: The weight under other names in the file, where the module of the model has several.
         action: What is done, in words.
         projected: Whether the weight is moved to the constraint first.
+        kept: Whether the weight is off the constraint and taken as it is.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ComputedWeight:
     twins: tuple[TensorSource, ...] = ()
     action: str = "started afresh at the computed weight"
     projected: bool = False
+    kept: bool = False
     _state: dict[str, Tensor] = field(default_factory=dict)
 
     def weight(self) -> Tensor:
@@ -107,6 +109,7 @@ class ComputedWeight:
                 self.codec.from_weight(weight.to(self.dtype), self.config)
             except ConfigError as error:
                 return Problem(self.name, "mismatch", str(error))
+            self.kept = True
             self.action = f"{self.action}, which is off the constraint{distance} and was kept so"
             return None
         return Problem(

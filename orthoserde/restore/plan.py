@@ -84,6 +84,7 @@ class Plan:
         fidelity: The worst over everything else.
         notes: What else the caller should know.
         holders: Modules that may hold weak references to meta parameters, as RNNs do.
+        kinds: Kinds of the model's registered modules by path.
     """
 
     writes: list[Write] = field(default_factory=list)
@@ -97,6 +98,7 @@ class Plan:
     fidelity: Fidelity = Fidelity.EXACT
     notes: list[str] = field(default_factory=list)
     holders: list[nn.Module] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def sharing_memory(self) -> list[list[Write]]:

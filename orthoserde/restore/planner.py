@@ -292,10 +292,12 @@ class _Planner:
                 self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
         links = {id(_torch.unwrap(link)) for tensor in self.live.values() for link in tensor.parametrizations}
         known = recorded | links | self.fresh
-        for module in self.modules.values():
-            cls = _torch.class_before_parametrizations(module)
-            if self.registry.for_type(cls) is not None and id(module) not in known:
-                self.plan.lower(Fidelity.UNVERIFIED)
+        for path, module in self.modules.items():
+            codec = self.registry.for_type(_torch.class_before_parametrizations(module))
+            if codec is not None:
+                self.plan.kinds[path] = codec.kind
+                if id(module) not in known:
+                    self.plan.lower(Fidelity.UNVERIFIED)
 
     # Tensors
 

@@ -86,7 +86,9 @@ def open_file(name: str) -> OpenFile:
         raise FileAccessError(error.errno, f"cannot open the checkpoint: {error.strerror}", name) from error
     except ValueError as error:
         raise FileAccessError(errno.EINVAL, str(error), name) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise FileFormatError(f"{name}: not a regular file")
+        folder = ", but a folder; only load reads some of those" if stat.S_ISDIR(mode) else ""
+        raise FileFormatError(f"{name}: not a regular file{folder}")
     return OpenFile(io.FileIO(descriptor, "rb"), name)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import orthoserde
-from orthoserde import ConfigError
 from orthoserde.integrations.loreft import LoReFT
 from orthoserde.integrations.loreft.module import ACTIVATIONS
 from tests.integrations.toy import close, slow_loreft, strong
@@ -275,7 +274,9 @@ def test_a_file_with_another_configuration_is_refused_and_nothing_changes(tmp_pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
-def test_a_registry_that_does_not_know_it_does_not_build_it(tmp_path: Path) -> None:
-    orthoserde.save(LoReFT(6, 2), tmp_path / "m")
-    with pytest.raises(ConfigError, match="orthoserde>LoReFT is not registered"):
-        orthoserde.build(tmp_path / "m", registry=orthoserde.Registry())
+def test_every_registry_builds_it(tmp_path: Path) -> None:
+    loreft = LoReFT(6, 2)
+    orthoserde.save(loreft, tmp_path / "m", registry=orthoserde.Registry())
+    built = orthoserde.build(tmp_path / "m", registry=orthoserde.Registry())
+    assert type(built) is LoReFT
+    assert torch.equal(built.rotate_layer.weight, loreft.rotate_layer.weight)

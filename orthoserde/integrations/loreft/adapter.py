@@ -25,6 +25,9 @@ from orthoserde.registry import default_registry, register
 #: Torch layers whose hidden states are (seq, batch, hidden) unless they were made with batch_first.
 _BATCH_FIRST = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
+#: Every adapter that is attached, so that one does not thaw what another keeps frozen.
+_ATTACHED: weakref.WeakSet[Adapter] = weakref.WeakSet()
+
 
 @dataclass
 class Attachment:
@@ -118,7 +121,16 @@ class Adapter(nn.Module):
         return None if self.attachment is None else self.attachment.root()
 
     def forward(self, hidden_states: Any) -> Any:
-        """Hand on what is given: the interventions act in the layers."""
+        """Hand on what is given: the interventions act in the layers.
+
+        Raises:
+            AdapterError: It is called by a model that is no ``nn.Sequential``, and may do more with what it gets.
+        """
+        if self.root is not None and not isinstance(self.root, nn.Sequential):
+            raise AdapterError(
+                f"the {type(self.root).__qualname__} calls all of its children, and so its adapter; attach to a module "
+                "around it, such as nn.ModuleDict({'model': model})"
+            )
         return hidden_states
 
     def attach(self, model: nn.Module, *, freeze: bool = True, name: str = "loreft") -> Adapter:
@@ -136,6 +148,7 @@ class Adapter(nn.Module):
         outside = _outside_adapters(root)
         frozen = [key for key, parameter in outside.items() if freeze and parameter.requires_grad]
         self.attachment = Attachment(weakref.ref(root), name, freeze, frozen)
+        _ATTACHED.add(self)
         try:
             root.add_module(name, self)
             for path, module in on_the_way.items():
@@ -145,11 +158,11 @@ class Adapter(nn.Module):
                 module.register_forward_hook(hooks.hook(self, path, hooks.leave), always_call=True)
             for key in frozen:
                 outside[key].requires_grad_(False)
+            self.train(root.training)
+            _torch.forget_compiled()
         except BaseException:
             self.detach()
             raise
-        self.train(root.training)
-        _torch.forget_compiled()
         return self
 
     def detach(self) -> None:
@@ -171,15 +184,16 @@ class Adapter(nn.Module):
             _torch.remove_hooks(module, lambda hook: hooks.is_hook_of(self, hook))
         if _torch.child_modules(root).get(attachment.name) is self:
             delattr(root, attachment.name)
-        others = [other.attachment for other in _attached(root) if other.root is root]
-        freezing = next((other for other in others if other is not None and other.freeze), None)
-        if freezing is not None:
-            freezing.frozen += attachment.frozen
-        else:
-            outside = _outside_adapters(root)
-            for key in attachment.frozen:
-                if key in outside:
-                    outside[key].requires_grad_(True)
+        _ATTACHED.discard(self)
+        outside = _outside_adapters(root)
+        freezing = [other for other in _ATTACHED if other.attachment is not None and other.attachment.freeze]
+        keepers = [(other.attachment, _keys_by_parameter(other.root)) for other in freezing]
+        for parameter in (outside[key] for key in attachment.frozen if key in outside):
+            keeper = next((each for each in keepers if id(parameter) in each[1]), None)
+            if keeper is None or keeper[0] is None:
+                parameter.requires_grad_(True)
+            else:
+                keeper[0].frozen.append(keeper[1][id(parameter)])
         _torch.forget_compiled()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -210,9 +224,9 @@ class Adapter(nn.Module):
     def get_config(self) -> dict[str, JSON] | None:
         """The layers in order, each with the configuration of its intervention or the path it is shared with.
 
-        None where the positions are a callable, which a file cannot hold.
+        None where the positions are a callable or an intervention is of a class of the user's, which it does not say.
         """
-        if not isinstance(self.positions, str):
+        if not isinstance(self.positions, str) or any(type(each) is not LoReFT for each in self.layers.values()):
             return None
         first: dict[int, str] = {}
         layers: list[JSON] = []  # in order, for optimizers count parameters by it
@@ -252,6 +266,7 @@ class Adapter(nn.Module):
             copied.attachment = Attachment(
                 weakref.ref(root), attachment.name, attachment.freeze, list(attachment.frozen)
             )
+            _ATTACHED.add(copied)
         return copied
 
 
@@ -314,6 +329,11 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in _torch.unwrap(model).parameters() if parameter.requires_grad]
 
 
+def _keys_by_parameter(root: nn.Module | None) -> dict[int, str]:
+    """Keys of the parameters outside of adapters, by the id of the parameter."""
+    return {} if root is None else {id(parameter): key for key, parameter in _outside_adapters(root).items()}
+
+
 def _attached(root: nn.Module) -> list[Adapter]:
     return [module for module in root.modules() if isinstance(module, Adapter) and module.root is not None]
 
@@ -333,6 +353,9 @@ def _check_layers(layers: object) -> None:
 def _check_name(root: nn.Module, name: object) -> None:
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name: expected a name without dots, got {name!r}")
+    if isinstance(getattr(root, name, None), Adapter):
+        text = f"an adapter is attached as {name!r} already; detach(model) first, or give another name to have both"
+        raise ValueError(f"name: {text}")  # noqa: TRY004  # the type is right, the name is taken
     if hasattr(root, name):
         raise ValueError(f"name: the model has an attribute {name!r} already; choose another name")
 

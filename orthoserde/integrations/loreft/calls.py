@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import CheckpointFunction
 
 from orthoserde import _torch
 from orthoserde.errors import AdapterError
@@ -126,19 +127,23 @@ _Entry = tuple[StorageWeakRef, tuple[object, ...], Call | weakref.ref[Call]]
 
 
 class Calls:
-    """The calls under way in an adapter's model, and those that a backward may come back to.
-
-    Attributes:
-        prompt: Which tokens belong to the prompt, for calls that begin now.
-    """
+    """The calls under way in an adapter's model, and those that a backward may come back to."""
 
     def __init__(self) -> None:
-        self.prompt: Tensor | None = None
         self._local = threading.local()
         self._inputs: dict[str, list[_Entry]] = {}
         self._alive: dict[str, weakref.WeakSet[Call]] = {}
         self._around: dict[str, Call] = {}
         self._lost = False
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """Which tokens belong to the prompt, for calls that begin now in this thread."""
+        return cast("Tensor | None", getattr(self._local, "prompt", None))
+
+    @prompt.setter
+    def prompt(self, mask: Tensor | None) -> None:
+        self._local.prompt = mask
 
     @property
     def current(self) -> Call | None:
@@ -187,7 +192,7 @@ class Calls:
 
     def _remember(self, path: str, first: Tensor | None, parent: Call, grads: bool) -> None:
         bare = parent.path is None
-        if not grads and not bare:
+        if not grads and not (bare and _is_in_checkpoint()):
             return
         if bare and path:
             self._around[path] = parent
@@ -278,6 +283,14 @@ def _calling_frame() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename != torch_module.__file__:
         frame = frame.f_back
     return frame
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether a reentrant checkpoint is running, which makes no graph and comes back in backward."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_running(frame: FrameType | None) -> bool:

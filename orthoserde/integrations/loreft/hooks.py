@@ -99,7 +99,7 @@ def intervene(place: Place, module: nn.Module, args: tuple[Any, ...], output: ob
     if dense.dim() == 0 or dense.shape[-1] != loreft.hidden_size:
         raise AdapterError(
             f"{place.path} returned hidden states of shape {tuple(dense.shape)}, but its LoReFT was made for "
-            f"hidden_size={loreft.hidden_size}"
+            f"hidden_size={loreft.hidden_size}; make it for the width of the layer"
         )
     chosen = _chosen(call, place.adapter.select, dense, real, place.path)
     if chosen is None:
@@ -149,7 +149,7 @@ def _chosen(
                 if mask.shape != shape:
                     raise AdapterError(
                         f"{path} returned hidden states of shape {tuple(hidden.shape)}, but the {name} has shape "
-                        f"{tuple(mask.shape)}, so it is not known which tokens are real"
+                        f"{tuple(mask.shape)}, so it is not known which tokens are real; pass one of (batch, seq)"
                     )
                 tokens = tokens & mask.to(hidden.device)
         rows, columns = positions.choose(select, tokens).nonzero(as_tuple=True)

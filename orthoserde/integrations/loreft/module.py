@@ -80,7 +80,7 @@ class LoReFT(nn.Module):
         ValueError: An argument is outside of its range.
 
     Note:
-        Torch's parametrization keeps a base of ``hidden_size x hidden_size``, and construction factorises it.
+        Torch's parametrization keeps a base of ``hidden_size x hidden_size`` in memory (64 MiB at 4096 in float32).
 
     Source: Wu et al. 2024, arXiv 2404.03592, equation 1; ``LoreftIntervention`` in pyreft/interventions.py, 0.1.0.
     """

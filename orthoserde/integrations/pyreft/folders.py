@@ -63,7 +63,7 @@ from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
 from orthoserde.reports import shorten
 from orthoserde.restore import Legacy
-from orthoserde.scope import scope_of
+from orthoserde.scope import adapter_paths, is_below, scope_of
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, take_inventory
 
@@ -314,10 +314,16 @@ class _Reader:
                     yield record
 
     def _not_asked_for(self) -> Iterator[str]:
-        """Keys of the model that no folder holds: frozen tensors of the base, and numbers that the shapes say too."""
+        """Keys of the model that no folder holds.
+
+        Frozen tensors and buffers of the base, and numbers of the interventions that their shapes say too.
+        """
+        adapters = adapter_paths(self.inventory, self.registry)
         scope = scope_of(self.inventory, self.registry, None)
+        slots = self.inventory.slots.items()
+        buffers = [key for key, slot in slots if not slot.parameter and not is_below(key, adapters)]
         numbers = [join(where, number) for where, _ in self.modules.values() for number in NUMBERS]
-        for key in (*scope.left_out, *numbers):
+        for key in dict.fromkeys([*scope.left_out, *buffers, *numbers]):
             if key not in self.tensors:
                 yield key
 

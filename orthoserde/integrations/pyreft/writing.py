@@ -84,7 +84,7 @@ def write(
     """
     if form not in get_args(Form):
         raise ConfigError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
-    target = os.path.abspath(os.fsdecode(folder))
+    target = os.path.realpath(os.fsdecode(folder))
     if isinstance(path_or_model, nn.Module):
         # What pyreft has to know of a class is not what its author may have registered of it.
         registry = extend(Registry(), module_types(path_or_model))

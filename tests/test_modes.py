@@ -1,0 +1,66 @@
+"""What the caller has switched on (autocast, a default device) has no say in what is saved, loaded or computed."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
+
+import orthoserde
+from orthoserde.integrations.loreft import LoReFT
+from tests.helpers import same_bits
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_autocast_rounds_nothing_that_is_saved_or_verified(tmp_path: Path) -> None:
+    model = orthogonal(nn.Linear(8, 4))
+    with autocast():
+        orthoserde.save(model, tmp_path / "m", include_weights=True)
+        verified = orthoserde.verify(tmp_path / "m")
+    assert verified.ok
+    assert verified.residuals["weight"] is not None
+    assert verified.residuals["weight"] < 1e-5
+    orthoserde.save(model, tmp_path / "n", include_weights=True)
+    assert (tmp_path / "m").read_bytes() == (tmp_path / "n").read_bytes()
+
+
+def test_autocast_and_a_default_device_do_not_disturb_registering(tmp_path: Path) -> None:
+    weight = torch.nn.init.orthogonal_(torch.empty(4, 8))
+    layers = [nn.Linear(8, 4), nn.Linear(8, 4)]
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+    with autocast():
+        orthoserde.orthogonal(layers[0])
+        loreft = LoReFT(8, 2)
+    with torch.device("meta"):
+        orthoserde.orthogonal(layers[1])
+    for layer in layers:
+        assert same_bits(layer.weight, weight)
+    orthoserde.save(loreft, tmp_path / "m")
+    with autocast():
+        built = orthoserde.build(tmp_path / "m")
+    assert all(same_bits(built.state_dict()[key], value) for key, value in loreft.state_dict().items())
+
+
+@pytest.mark.parametrize("around", [autocast(), torch.device("meta")], ids=["autocast", "meta"])
+def test_a_computed_weight_is_loaded_whatever_is_switched_on(tmp_path: Path, around: torch.autocast) -> None:
+    weight, bias = torch.nn.init.orthogonal_(torch.empty(4, 8)), torch.randn(4)
+    torch.save({"weight": weight, "bias": bias}, tmp_path / "m.pt")
+    model = orthogonal(nn.Linear(8, 4))
+    with around, warnings.catch_warnings():
+        warnings.simplefilter("ignore", orthoserde.LegacyCheckpointWarning)
+        if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 6):
+            with pytest.raises(orthoserde.FileFormatError, match=r"torch 2\.6 or newer"):
+                orthoserde.load(model, tmp_path / "m.pt")
+            return
+        orthoserde.load(model, tmp_path / "m.pt")
+    assert same_bits(cast("torch.Tensor", model.weight), weight)

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,10 +49,11 @@ LOAD = "load(verify=False)"
 LOAD_VERIFIED = "load(verify=True)"
 LOAD_MODEL = "load_model"
 LOAD_META = "load(verify=False), model on meta"
-READ_NEW = "bare read into new memory"
+READ_NEW = "bare read into new memory, one thread"
+READ_NEW_THREADS = "bare read into new memory, all threads"
 
 SAVES = (SAVE, SAVE_MODEL, SAVE_MODEL_FOLDER)
-LOADS = (LOAD, LOAD_VERIFIED, LOAD_MODEL, LOAD_META, READ_NEW)
+LOADS = (LOAD, LOAD_VERIFIED, LOAD_MODEL, LOAD_META, READ_NEW, READ_NEW_THREADS)
 
 #: What is compared with what, and the ratio of times that is aimed at.
 COMPARISONS = (
@@ -60,6 +62,7 @@ COMPARISONS = (
     (LOAD, LOAD_MODEL, 0.95),
     (LOAD_VERIFIED, LOAD_MODEL, 1.3),
     (LOAD_META, READ_NEW, None),
+    (LOAD_META, READ_NEW_THREADS, None),
 )
 
 IMPORT = "import time, torch; start = time.perf_counter(); import orthoserde; print(time.perf_counter() - start)"
@@ -119,15 +122,20 @@ def save_model(model: nn.Module, path: Path, *, folder: bool) -> None:
         sync(path.parent)
 
 
-def read_new(path: Path, count: int) -> object:
+def read_new(path: Path, count: int, threads: int) -> object:
     """Read the same bytes in the same pieces into memory that is as new as that of a model made from meta tensors."""
     tensors = [torch.empty(LAYER_BYTES, dtype=torch.uint8) for _ in range(count)]
-    with path.open("rb", buffering=0) as file:
-        file.seek(-count * LAYER_BYTES, os.SEEK_END)
-        for tensor in tensors:
-            memory = tensor.numpy().data
+    start = path.stat().st_size - count * LAYER_BYTES
+
+    def read(index: int) -> None:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start + index * LAYER_BYTES)
+            memory = tensors[index].numpy().data
             while memory:
                 memory = memory[file.readinto(memory[: 4 * MIB]) :]
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, range(count)))
     return tensors
 
 
@@ -148,9 +156,11 @@ def loading(settings: Settings, model: nn.Module | None) -> dict[str, Action]:
         fresh = build(settings.size, "meta")
         return fresh, orthoserde.load(fresh, settings.ours, verify=False)
 
+    count = settings.size // LAYER_BYTES
     actions: dict[str, Action] = {
         LOAD_META: load_meta,
-        READ_NEW: lambda: read_new(settings.ours, settings.size // LAYER_BYTES),
+        READ_NEW: lambda: read_new(settings.ours, count, 1),
+        READ_NEW_THREADS: lambda: read_new(settings.ours, count, torch.get_num_threads()),
     }
     if model is not None:
         actions |= {
@@ -212,7 +222,7 @@ def child_times(settings: Settings) -> dict[str, list[float]]:
 
 def child_peak(settings: Settings, operation: str) -> int:
     """Peak resident bytes of a process that builds a model (on meta for the loads that make one) and does one thing."""
-    new_memory = operation in (LOAD_META, READ_NEW)
+    new_memory = operation in (LOAD_META, READ_NEW, READ_NEW_THREADS)
     model = build(settings.size, "meta" if new_memory else "cpu")
     actions = loading(settings, None if new_memory else model) | saving(settings, model)
     kept = actions.get(operation, lambda: None)()

@@ -310,7 +310,7 @@ def test_a_get_config_may_say_that_it_is_not_known(tmp_path: Path) -> None:
     assert config_of(registry, Module()) is None
     report = orthoserde.save(Module(), tmp_path / "m", registry=registry)
     assert report.unconfigured == ("(model)",)
-    with pytest.raises(ConfigError, match="not in the file"):
+    with pytest.raises(ConfigError, match="does not have the arguments"):
         orthoserde.build(tmp_path / "m", registry=registry)
 
 

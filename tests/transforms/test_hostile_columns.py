@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,13 +145,9 @@ def test_a_manifest_that_contradicts_itself_is_refused(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("encoding", ["rows", "", "Columns"])
 def test_an_unknown_encoding_needs_a_newer_version(encoding: str, tmp_path: Path) -> None:
-    storage.write(packed(), tmp_path / "m")
-    content = (tmp_path / "m").read_bytes()
-    assert b'\\"base\\":\\"columns\\"' in content
-    checkpoint = renamed(packed(), KEY, KEY)
-    with pytest.raises(orthoserde.OrthoserdeError, match="needs a newer orthoserde"):
-        storage.write(with_link(checkpoint, tensors={"base": encoding}), tmp_path / "n")
-        orthoserde.inspect(tmp_path / "n")
+    storage.write(with_link(packed(), tensors={"base": encoding}), tmp_path / "m")
+    with pytest.raises(orthoserde.FormatVersionError, match=f"encoding '{encoding}' needs a newer orthoserde"):
+        orthoserde.inspect(tmp_path / "m")
 
 
 def damaged_columns(value: float) -> Checkpoint:
@@ -169,7 +166,9 @@ def test_columns_that_are_not_orthonormal_are_refused(
     model = make(1) if target == "live" else nn.Linear(5, 12, device="cpu" if target == "bare" else "meta")
     before = {key: (id(tensor), bits(tensor)) for key, tensor in model.named_parameters()}
     monkeypatch.setattr("orthoserde.transforms.columns.Completion", None)
-    with pytest.raises(orthoserde.IncompatibleModelError, match="weight.*not finite or not orthonormal"):
+    with pytest.raises(
+        orthoserde.IncompatibleModelError, match="columns of its base in the file are not finite or not orthonormal"
+    ):
         orthoserde.load(model, tmp_path / "m", verify=verify)
     assert {key: (id(tensor), bits(tensor)) for key, tensor in model.named_parameters()} == before
     assert "weight" in (model.get_submodule("parametrizations") if target == "live" else model._parameters)
@@ -192,7 +191,7 @@ def test_columns_that_do_not_match_their_digest_are_refused(verify: bool, bare: 
     path.write_bytes(content)
     model = nn.Linear(5, 12) if bare else make(1)
     before = {key: bits(tensor) for key, tensor in model.state_dict().items()}
-    with pytest.raises(orthoserde.DamagedFileError, match="weight.0.base.columns"):
+    with pytest.raises(orthoserde.DamagedFileError, match=re.escape("weight.0.base.columns")):
         orthoserde.load(model, path, verify=verify)
     assert {key: bits(tensor) for key, tensor in model.state_dict().items()} == before
     report = orthoserde.verify(path)

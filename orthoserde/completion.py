@@ -9,11 +9,13 @@ Note [Same bits everywhere]
 Library reductions and matrix products sum in an order that depends on threads and machine. Here everything is computed
 in float64 on the CPU from elementwise multiplications, additions, divisions and square roots, each rounded once as
 IEEE 754 says, and from sums over a fixed binary tree. Complex numbers are pairs of real tensors, because a complex
-product may be fused. So the same W gives the same bits on any number of threads and on any conforming machine.
+product may be fused. Square roots are those of the C library: torch's own, from MKL, is one bit off for one number in
+a hundred. So the same W gives the same bits on any number of threads and on any conforming machine.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -188,8 +190,8 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
     vectors = work.zeros(n, k)
     for j in range(k):
         column = work[j:, j]
-        head, norm = column[0], torch.sqrt(column.squared_norm())
-        size = torch.sqrt(_square(head))
+        head, norm = column[0], _sqrt(column.squared_norm())
+        size = _sqrt(_square(head))
         # Adding the norm with the sign (phase) of the head avoids cancellation; a zero head counts as positive.
         phase = _Planes(torch.ones_like(size), None if head.imag is None else torch.zeros_like(size))
         if float(size) > 0:
@@ -199,7 +201,7 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
         vector = vectors[j:, j, None]
         length = vector.squared_norm()
         if float(length) > 0:
-            vector = vector.scaled(torch.sqrt(2.0 / length))
+            vector = vector.scaled(_sqrt(2.0 / length))
             vectors.put((slice(j, n), slice(j, j + 1)), vector)
         for part in row_parts(j + 1, k, n - j):
             rest = work[j:, part]
@@ -232,6 +234,11 @@ def _tensor(planes: _Planes, dtype: torch.dtype) -> Tensor:
     if planes.imag is None:
         return planes.real.to(dtype)
     return torch.complex(planes.real, planes.imag).to(dtype)
+
+
+def _sqrt(number: Tensor) -> Tensor:
+    """The square root of one number, rounded once; see Note [Same bits everywhere]."""
+    return torch.tensor(math.sqrt(float(number)), dtype=torch.float64, device="cpu")
 
 
 def _square(number: _Planes) -> Tensor:

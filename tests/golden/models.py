@@ -7,6 +7,7 @@ again: it stands for every file of its format version that users have. `v1` was 
 
 from __future__ import annotations
 
+import math
 import sys
 import zlib
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def set_bases_(model: nn.Module) -> nn.Module:
         n, k = base.size(-1), min(record.originals["original"].shape[-2:])
         for i, matrix in enumerate([base] if base.dim() == 2 else base.unbind(0)):
             vector = ((torch.arange(n) * 5 + zlib.crc32(record.name.encode()) + i) % 7 + 1).to(torch.float64)
-            unit = vector / (vector * vector).sum().sqrt()  # the sum is exact
+            unit = vector / math.sqrt(float((vector * vector).sum()))  # the sum is exact
             columns = complete((unit * (0.6 + 0.8j) if base.is_complex() else unit)[:, None])[:, n - k :]
             with torch.no_grad():
                 matrix.copy_(complete(columns.to(base.dtype)))

@@ -65,7 +65,8 @@ class ColumnsOfBase:
 
     def fill(self, target: Tensor, see: Callable[[memoryview], None] = ignore) -> None:
         """Overwrite ``target`` in place with the elements."""
-        with torch.no_grad():
+        # Views of a tensor made in inference mode can only be written there.
+        with torch.inference_mode(target.is_inference()), torch.no_grad():
             for index, part, rows in _completed(self.columns()):
                 target.detach()[index][part].copy_(rows)
                 see(as_bytes(rows))

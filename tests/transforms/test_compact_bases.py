@@ -192,6 +192,25 @@ def test_callers_modes_make_no_difference(tmp_path: Path) -> None:
     assert same_bits(base_of(loaded), base_of(model))
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_model_that_was_made_in_inference_mode_is_loaded(inside: bool, tmp_path: Path) -> None:
+    model = make()
+    orthoserde.save(model, tmp_path / "m")
+    with torch.inference_mode():
+        other = make(seed=1)
+    with torch.inference_mode(inside):
+        assert orthoserde.load(other, tmp_path / "m").fidelity is Fidelity.EXACT
+    assert same_bits(base_of(other), base_of(model))
+
+
+def test_a_load_is_a_change_that_autograd_sees(tmp_path: Path) -> None:
+    model = make()
+    orthoserde.save(model, tmp_path / "m")
+    before = base_of(model)._version
+    orthoserde.load(model, tmp_path / "m")
+    assert base_of(model)._version > before
+
+
 # What is not determined by its first columns
 
 

@@ -275,7 +275,7 @@ DENSE_MODELS = {
     "tied": (tied, "tied to another tensor"),
     "overlapping": (overlapping, "lie in the memory"),
     "chained": (chained, "one of several"),
-    "widened": (lambda: make().double(), "farther from orthonormal"),
+    "widened": (lambda: make().double(), "torch's random one"),
     "not finite": (not_finite, "not finite"),
     "off its constraint": (off_constraint, "farther from orthonormal"),
 }

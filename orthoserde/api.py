@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -11,22 +12,34 @@ from torch import nn
 from orthoserde import audit, storage
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import ConfigError
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
+from orthoserde.transforms import compact, compact_all
 from orthoserde.walk import module_types
 
 #: Kinds that are registered when the integration is imported, which a file that names one asks for.
 _LOREFT = frozenset({"orthoserde>LoReFT", "orthoserde>LoReFTAdapter"})
+
+#: How the bases of orthogonal parametrizations are stored.
+Base = Literal["auto", "dense", "compact"]
+
+_STORED: dict[Base, Callable[[Checkpoint], Checkpoint]] = {
+    "auto": compact,
+    "dense": lambda checkpoint: checkpoint,
+    "compact": compact_all,
+}
 
 
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    base: Base = "auto",
     include_weights: bool = False,
     select: Select = None,
     metadata: Mapping[str, str] | None = None,
@@ -44,6 +57,15 @@ def save(
             float8_e4m3fn, float8_e5m2, float16, bfloat16, float32, float64, complex64 or complex128. ``torch.compile``,
             DDP, DataParallel and activation checkpointing are looked through. Tied tensors are stored once.
         path: The file to create or replace. A symbolic link is followed.
+        base: How the n x n ``base`` of a trivialized ``orthogonal`` weight with sides n > k is stored. It never changes
+            in training, and a load gives it back bit for bit in any case:
+
+            - ``"auto"``: as its first k columns, where the others are their canonical completion bit for bit, as in
+              what :func:`orthoserde.orthogonal` registers; else whole, as with torch's own completion, a random one.
+              To find out takes n k k multiplications; above 2**26 (half a second) it is stored whole untried.
+            - ``"dense"``: whole.
+            - ``"compact"``: as columns, however long it takes to find out; where that cannot be, refuse.
+
         include_weights: Add the computed tensors under their plain names, for readers that know nothing of
             parametrizations. They are worked out from the state, and are no part of it: a load ignores them.
         select: Which tensors to save. None saves everything; but of a model that holds an adapter (LoReFT, pyreft, or a
@@ -64,8 +86,8 @@ def save(
     Raises:
         UnsupportedModuleError: The model holds state that would be lost (quantized modules, extra state, DTensors, lazy
             or meta tensors, sparse layouts); every such place is listed, and nothing is written.
-        ConfigError: A ``get_config`` returns other than JSON, ``metadata`` holds other than strings, or ``select`` is
-            something else or selects nothing.
+        ConfigError: A ``get_config`` returns other than JSON, ``metadata`` holds other than strings, ``select`` is
+            something else or selects nothing, or ``base`` is none of these, or ``"compact"`` where that cannot be.
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
 
@@ -81,11 +103,14 @@ def save(
         >>> torch.equal(model.weight, other.weight)
         True
     """
+    if base not in get_args(Base):
+        raise ConfigError(f"base: expected one of {', '.join(get_args(Base))}, got {base!r}")
     registry = default_registry if registry is None else registry
     registry = _with_neighbours(registry, model)
     sink = sink_of(debug)
     watch = None if sink is None else Watch("save", model, registry)
-    with capture(model, registry, include_weights=include_weights, select=select, metadata=metadata) as checkpoint:
+    captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
+    with _STORED[base](captured) as checkpoint:
         file_bytes = storage.write(checkpoint, path)
         report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
     if sink is not None and watch is not None:
@@ -334,6 +359,8 @@ def _open(
 
 def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
     reasons: list[str] = []
+    if manifest.compact:
+        reasons.append("bases are stored as columns")
     if manifest.aliases:
         reasons.append("tied tensors are stored once")
     if manifest.left_out:
@@ -355,4 +382,5 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
             + [r.path or "(model)" for r in manifest.modules if r.config is None]
         ),
         needs_orthoserde=tuple(reasons),
+        compact=manifest.compact,
     )

@@ -30,6 +30,7 @@ from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
 from orthoserde.tensor_bytes import DTYPES, dtype_name
+from orthoserde.transforms import expand
 
 #: An intermediate result may have this many bytes, or as many as the file holds if these are more: a float32 matrix of
 #: 4096 rows, whose exponential takes seconds.
@@ -64,7 +65,7 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
         FileAccessError: The system refuses to read the file.
         FileFormatError: The file changed meanwhile.
     """
-    manifest = checkpoint.manifest
+    manifest, expanded = checkpoint.manifest, expand(checkpoint)
     damaged = dict.fromkeys(checkpoint.damaged())
     residuals: dict[str, float | None] = {}
     off_constraint: list[str] = []
@@ -72,12 +73,12 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
     not_measured = _unrecorded(manifest)
     limit = max(SCRATCH_BYTES, manifest.nbytes)
     with _torch.undisturbed():
-        for record in manifest.parametrized:
+        for stored, record in zip(manifest.parametrized, expanded.manifest.parametrized, strict=True):
             try:
-                if any(manifest.kept_key(key) in damaged for key in record.tensor_keys()):
+                if any(manifest.kept_key(key) in damaged for key in stored.tensor_keys()):
                     raise _NotMeasured("its state is damaged")
                 links = [_resolve(link, registry) for link in record.chain]
-                residual, admitted = _measure(checkpoint, record, links, limit)
+                residual, admitted = _measure(expanded, record, links, limit)
             except _NotMeasured as reason:
                 not_measured[record.name] = str(reason)
             except _Misfit as reason:
@@ -148,6 +149,10 @@ def _measure(
     checkpoint: Checkpoint, record: ParametrizedRecord, links: list[_Link], limit: int
 ) -> tuple[float | None, bool]:
     """Residual of a parametrized tensor, and whether it is on its constraint."""
+    manifest = checkpoint.manifest
+    largest = max(manifest.tensors[manifest.kept_key(key)].nbytes for key in record.tensor_keys())
+    if largest > limit:  # a base that is stored as columns
+        raise _NotMeasured(f"its base takes {largest} bytes at once to work out, and the limit here is {limit}")
     if not all(link.codec in TORCH_CODECS for link in links):
         return _judge(links[-1], _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit)))
     # All that shapes and dtypes tell comes before anything is read.

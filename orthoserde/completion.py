@@ -9,11 +9,13 @@ Note [Same bits everywhere]
 Library reductions and matrix products sum in an order that depends on threads and machine. Here everything is computed
 in float64 on the CPU from elementwise multiplications, additions, divisions and square roots, each rounded once as
 IEEE 754 says, and from sums over a fixed binary tree. Complex numbers are pairs of real tensors, because a complex
-product may be fused. So the same W gives the same bits on any number of threads and on any conforming machine.
+product may be fused. Square roots are those of the C library: torch's own, from MKL, is one bit off for one number in
+a hundred. So the same W gives the same bits on any number of threads and on any conforming machine.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -53,8 +55,48 @@ def complete(columns: Tensor) -> Tensor:
             if columns.device.type == "meta":
                 return base
             for index in product(*(range(size) for size in batch)):
-                _complete_matrix(base[index], columns[index].detach().cpu())
+                completion = Completion(columns[index])
+                for part in row_parts(0, n, n - k):
+                    base[index][part, k:] = completion.rows(part).to(base.device)
     return base
+
+
+class Completion:
+    """The canonical completion U(W) of one matrix W, some of its rows at a time.
+
+    It holds ``2 n k`` numbers in float64; rows come out with the same bits whichever are asked for, and in whatever
+    order.
+
+    Args:
+        columns: W, shape ``(n, k)`` with ``n > k``, of any device; float32, float64 or complex.
+    """
+
+    def __init__(self, columns: Tensor) -> None:
+        columns = columns.detach().cpu()
+        self._dtype = columns.dtype
+        self._n, self._k = n, k = columns.size(0), columns.size(1)
+        self._vectors, factor = _reflectors(_planes(columns))
+        tail = self._vectors[k:].conj()
+        # M = T V[k:]^H, summed in the order of the reflectors.
+        self._product = self._vectors.zeros(k, n - k)
+        for part in row_parts(0, n - k, k):
+            here = self._product[:, part]
+            for j in range(k):
+                here += factor[:, j, None] * tail[None, part, j]
+
+    def rows(self, part: slice) -> Tensor:
+        """Some rows of U(W), shape ``(rows, n - k)``, of W's dtype, on the CPU: a new tensor.
+
+        Args:
+            part: A slice with a start and a stop. Scratch memory grows with it; see :func:`row_parts`.
+        """
+        n, k = self._n, self._k
+        result = self._vectors.zeros(part.stop - part.start, n - k)
+        ones = torch.arange(min(max(part.start, k), part.stop), part.stop, device="cpu")
+        result.real[ones - part.start, ones - k] = 1.0
+        for j in range(k):
+            result -= self._vectors[part, j, None] * self._product[None, j]
+        return _tensor(result, self._dtype)
 
 
 @dataclass(frozen=True)
@@ -94,8 +136,8 @@ class _Planes:
 
     def zeros(self, *shape: int) -> _Planes:
         """Zeros of another shape, real or complex as these are."""
-        imag = None if self.imag is None else torch.zeros(shape, dtype=self.imag.dtype)
-        return _Planes(torch.zeros(shape, dtype=self.real.dtype), imag)
+        imag = None if self.imag is None else torch.zeros(shape, dtype=self.imag.dtype, device="cpu")
+        return _Planes(torch.zeros(shape, dtype=self.real.dtype, device="cpu"), imag)
 
     def put(self, index: slice | tuple[int | slice, ...], values: _Planes) -> None:
         """Overwrite a part."""
@@ -132,27 +174,8 @@ def tree_sum(values: Tensor) -> Tensor:
     return values[0]
 
 
-def _complete_matrix(base: Tensor, columns: Tensor) -> None:
-    n, k = columns.shape
-    vectors, factor = _reflectors(_planes(columns))
-    tail = vectors[k:].conj()
-    # M = T V[k:]^H, summed in the order of the reflectors.
-    product = _planes(torch.zeros(k, n - k, dtype=columns.dtype))
-    for part in _parts(0, n - k, k):
-        here = product[:, part]
-        for j in range(k):
-            here += factor[:, j, None] * tail[None, part, j]
-    for part in _parts(0, n, n - k):
-        result = _planes(torch.zeros(part.stop - part.start, n - k, dtype=columns.dtype))
-        ones = torch.arange(min(max(part.start, k), part.stop), part.stop)
-        result.real[ones - part.start, ones - k] = 1.0
-        for j in range(k):
-            result -= vectors[part, j, None] * product[None, j]
-        base[part, k:] = _tensor(result, columns.dtype).to(base.device)
-
-
-def _parts(start: int, stop: int, length: int) -> Iterator[slice]:
-    """Cut a range of rows or columns of this length into parts of at most ``BLOCK_ELEMENTS``."""
+def row_parts(start: int, stop: int, length: int) -> Iterator[slice]:
+    """Cut a range of rows (or columns) of this length into parts of at most ``BLOCK_ELEMENTS``, or of one row."""
     step = max(1, BLOCK_ELEMENTS // max(1, length))
     for first in range(start, stop, step):
         yield slice(first, min(first + step, stop))
@@ -167,8 +190,8 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
     vectors = work.zeros(n, k)
     for j in range(k):
         column = work[j:, j]
-        head, norm = column[0], torch.sqrt(column.squared_norm())
-        size = torch.sqrt(_square(head))
+        head, norm = column[0], _sqrt(column.squared_norm())
+        size = _sqrt(_square(head))
         # Adding the norm with the sign (phase) of the head avoids cancellation; a zero head counts as positive.
         phase = _Planes(torch.ones_like(size), None if head.imag is None else torch.zeros_like(size))
         if float(size) > 0:
@@ -178,9 +201,9 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
         vector = vectors[j:, j, None]
         length = vector.squared_norm()
         if float(length) > 0:
-            vector = vector.scaled(torch.sqrt(2.0 / length))
+            vector = vector.scaled(_sqrt(2.0 / length))
             vectors.put((slice(j, n), slice(j, j + 1)), vector)
-        for part in _parts(j + 1, k, n - j):
+        for part in row_parts(j + 1, k, n - j):
             rest = work[j:, part]
             rest -= vector * (vector.conj() * rest).sum()[None, :]
     return vectors, _triangular(vectors)
@@ -192,11 +215,11 @@ def _triangular(vectors: _Planes) -> _Planes:
     factor = vectors.zeros(k, k)
     for j in range(k):
         overlaps = vectors.zeros(j)
-        for part in _parts(0, j, vectors.real.size(0)):
+        for part in row_parts(0, j, vectors.real.size(0)):
             overlaps.put(part, (vectors[:, part].conj() * vectors[:, j, None]).sum())
-        for part in _parts(0, j, j):
+        for part in row_parts(0, j, j):
             entries = (factor[part, :j].transposed() * overlaps[:, None]).sum()
-            factor.put((part, j), entries.scaled(torch.tensor(-1.0, dtype=torch.float64)))
+            factor.put((part, j), entries.scaled(torch.tensor(-1.0, dtype=torch.float64, device="cpu")))
         factor.real[j, j] = 1.0
     return factor
 
@@ -211,6 +234,11 @@ def _tensor(planes: _Planes, dtype: torch.dtype) -> Tensor:
     if planes.imag is None:
         return planes.real.to(dtype)
     return torch.complex(planes.real, planes.imag).to(dtype)
+
+
+def _sqrt(number: Tensor) -> Tensor:
+    """The square root of one number, rounded once; see Note [Same bits everywhere]."""
+    return torch.tensor(math.sqrt(float(number)), dtype=torch.float64, device="cpu")
 
 
 def _square(number: _Planes) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orthoserde import json_values
 from orthoserde.json_values import JSON
-from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, TensorRecord
+from orthoserde.manifest import COLUMNS, OPAQUE, Manifest, ParametrizationRecord, TensorRecord
 from orthoserde.reports import VerifyReport, printable
 
 #: Columns of a terminal that tables keep to.
@@ -156,7 +156,9 @@ def _link(link: ParametrizationRecord) -> list[str]:
     kind = link.kind if link.version == 1 else f"{link.kind} (version {link.version})"
     if link.kind == OPAQUE:
         return _wrap(f"{printable(link.class_name or '')}, which was not registered", " " * 6, " " * 8)
-    return _wrap(printable(f"{kind}: {_config(link.config)}"), " " * 6, " " * 8)
+    lines = _wrap(printable(f"{kind}: {_config(link.config)}"), " " * 6, " " * 8)
+    compact = [role for role, encoding in sorted(link.tensors.items()) if encoding == COLUMNS]
+    return lines + [f"      stored: columns of {printable(role)}" for role in compact]
 
 
 def _config(config: Mapping[str, JSON] | None) -> str:

@@ -24,6 +24,12 @@ SHOWN_KINDS = 20
 #: A stored tensor that is the whole tensor, as opposed to a compressed form of it.
 DENSE = "dense"
 
+#: The base of an orthogonal parametrization, stored as its first columns; the others are their canonical completion.
+COLUMNS = "columns"
+
+#: The kind whose base may be stored as columns.
+ORTHOGONAL = "torch>orthogonal"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
@@ -106,11 +112,23 @@ class ParametrizedRecord:
         return join(self.module, "parametrizations", self.tensor_name, name)
 
     def link_key(self, index: int, role: str) -> str:
-        """Key of a tensor of the parametrization at ``index``, the one torch's ``state_dict`` gives it."""
-        return join(self.module, "parametrizations", self.tensor_name, str(index), role)
+        """Key of a tensor of the parametrization at ``index``: torch's in a ``state_dict`` where it is stored dense."""
+        return join(self.module, self._link_key(index, role))
+
+    def _link_key(self, index: int, role: str) -> str:
+        key = join("parametrizations", self.tensor_name, str(index), role)
+        return key if self.chain[index].tensors.get(role, DENSE) == DENSE else f"{key}.{COLUMNS}"
+
+    def alias_keys(self, index: int, role: str) -> set[str]:
+        """The same key under the other paths of the module."""
+        return {join(path, self._link_key(index, role)) for path in self.aliases}
+
+    def columns(self) -> list[tuple[int, str]]:
+        """Link and role of its tensors that are stored as columns."""
+        return [(i, role) for i, link in enumerate(self.chain) for role, how in link.tensors.items() if how == COLUMNS]
 
     def tensor_keys(self) -> list[str]:
-        """Keys of all its tensors."""
+        """Keys under which all its tensors are stored."""
         own = [self.original_key(name) for name in self.originals]
         return own + [self.link_key(i, role) for i, link in enumerate(self.chain) for role in link.tensors]
 
@@ -194,6 +212,11 @@ class Manifest:
         )
 
     @property
+    def compact(self) -> tuple[str, ...]:
+        """Names of the parametrized tensors whose base is stored as columns."""
+        return tuple(record.name for record in self.parametrized if record.columns())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(record.nbytes for record in self.tensors.values())
@@ -207,6 +230,8 @@ class Manifest:
         lines = [f"{len(self.tensors)} tensors, {self.nbytes} bytes, {len(self.parametrized)} parametrized"]
         counts = Counter(", then ".join(link.kind for link in record.chain) for record in self.parametrized)
         lines += [f"  {count} x {kinds}" for kinds, count in sorted(counts.items())[:SHOWN_KINDS]]
+        if self.compact:
+            lines.append(f"  bases stored as columns: {len(self.compact)}")
         if self.aliases:
             lines.append(f"  tied and stored once: {len(self.aliases)}")
         if self.left_out:
@@ -250,5 +275,38 @@ def check_references(manifest: Manifest, where: str) -> None:
                 raise FileFormatError(f"{where}: {record.name}: the file holds no tensor {key!r}")
             if key in manifest.computed:
                 raise FileFormatError(f"{where}: computed: {key!r} is state of {record.name}")
+        problem = _odd_columns(record, manifest) if record.columns() else None
+        if problem is not None:
+            raise FileFormatError(f"{where}: {record.name}: {problem}")
     if len({record.path for record in manifest.modules}) != len(manifest.modules):
         raise FileFormatError(f"{where}: a module stands twice in the manifest")
+
+
+def _odd_columns(record: ParametrizedRecord, manifest: Manifest) -> str | None:
+    """What is wrong with a base that is said to be stored as columns."""
+    link, shape = record.chain[0], record.shape
+    config = link.config or {}
+    if len(record.chain) > 1 or record.columns() != [(0, "base")] or link.kind != ORTHOGONAL:
+        return f"only the base of an {ORTHOGONAL} that stands alone can be stored as columns"
+    if config.get("use_trivialization") is not True:
+        return "columns of a base, without trivialization"
+    if shape is None or len(shape) < 2 or config.get("shape") != list(shape):
+        return f"columns of a base, of a weight of shape {shape} that is configured for {config.get('shape')}"
+    n, k = max(shape[-2:]), min(shape[-2:])
+    key = record.link_key(0, "base")
+    stored = manifest.tensors.get(key)
+    if stored is None or not {alias for alias, kept in manifest.aliases.items() if kept == key} <= record.alias_keys(
+        0, "base"
+    ):
+        return f"{key!r} is tied to another tensor"
+    if not 0 < k < n or stored.shape != (*shape[:-2], n, k):
+        return f"expected columns of shape {[*shape[:-2], n, k]} with fewer columns than rows, got {list(stored.shape)}"
+    if stored.stride != tensor_bytes.contiguous_strides(stored.shape) or stored.parameter or stored.requires_grad:
+        return "columns of a base are a row-major buffer that requires no gradient"
+    if stored.dtype != record.dtype or stored.dtype not in tensor_bytes.ORTHONORMAL_DTYPES:
+        return f"columns of a base in {stored.dtype}, of a weight in {record.dtype}"
+    if not tensor_bytes.is_countable((*shape[:-2], n, n)):
+        return f"a base of {n} rows and columns is too large"
+    whole = [key.removesuffix(f".{COLUMNS}") for key in (key, *record.alias_keys(0, "base"))]
+    twice = next((each for each in whole if each in manifest), None)
+    return None if twice is None else f"{twice!r} is stored beside its columns"

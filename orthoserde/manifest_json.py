@@ -12,6 +12,7 @@ from orthoserde import tensor_bytes
 from orthoserde.errors import FileFormatError, FormatVersionError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
+    COLUMNS,
     DENSE,
     FORMAT_VERSION,
     OPAQUE,
@@ -166,7 +167,7 @@ def _decode_parametrized(fields: _Fields) -> ParametrizedRecord:
         dtype=None if fields.peek("dtype") is None else fields.string("dtype"),
         parameter=fields.boolean("parameter"),
         unsafe=fields.boolean("unsafe"),
-        originals=_in_order(fields.encodings("originals")),
+        originals=_in_order(fields.encodings("originals", {DENSE})),
         chain=tuple(
             _decode_link(_Fields(item, fields.where, f"{fields.path}.chain[{i}]"))
             for i, item in enumerate(fields.sequence("chain"))
@@ -194,7 +195,9 @@ def _decode_link(fields: _Fields) -> ParametrizationRecord:
     kind = fields.string("kind")
     class_name = None if fields.peek("class") is None else fields.string("class")
     config = None if fields.peek("config") is None else fields.mapping("config")
-    link = ParametrizationRecord(kind, fields.version(), config, class_name, fields.encodings("tensors"))
+    link = ParametrizationRecord(
+        kind, fields.version(), config, class_name, fields.encodings("tensors", {DENSE, COLUMNS})
+    )
     fields.drop("class", "config")
     fields.finish()
     if (kind == OPAQUE) != (class_name is not None):
@@ -283,10 +286,10 @@ class _Fields:
             raise self.error(name, "strings", "something else among its values")
         return cast("dict[str, str]", value)
 
-    def encodings(self, name: str) -> dict[str, str]:
+    def encodings(self, name: str, known: set[str]) -> dict[str, str]:
         value = self.strings(name)
         for role, encoding in value.items():
-            if encoding != DENSE:
+            if encoding not in known:
                 raise self.newer(f"{name}.{role}: the encoding {encoding[:64]!r}")
         return value
 

@@ -43,6 +43,7 @@ class SaveReport:
             JSON, or the object was made before its class was registered.
         needs_orthoserde: Why ``model.load_state_dict(load_file(path))`` would not do without orthoserde; empty if it
             would.
+        compact: Parametrized tensors whose base is stored as its first columns.
     """
 
     path: str
@@ -54,12 +55,15 @@ class SaveReport:
     opaque: tuple[str, ...] = ()
     unconfigured: tuple[str, ...] = ()
     needs_orthoserde: tuple[str, ...] = ()
+    compact: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
             f"saved {self.path}: {self.tensors} tensors, {self.parametrized} weights parametrized, "
             f"{self.file_bytes} bytes"
         ]
+        if self.compact:
+            lines.append(f"  bases stored as columns: {len(self.compact)}")
         if self.aliases:
             lines.append(f"  tied and stored once: {len(self.aliases)}")
         if self.left_out:

@@ -31,6 +31,9 @@ _DTYPE_NAMES = (
 #: dtypes that can be stored, by the name that stands in the manifest.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_NAMES.split()}
 
+#: Names of the dtypes in which torch makes matrices with orthonormal columns.
+ORTHONORMAL_DTYPES = frozenset({"float32", "float64", "complex64", "complex128"})
+
 _LOSSLESS: dict[str, frozenset[str]] = {
     "float16": frozenset({"float32", "float64"}),
     "bfloat16": frozenset({"float32", "float64"}),
@@ -63,6 +66,15 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def column_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of matrices that lie column by column, one matrix behind the other; 2 dimensions or more.
+
+    As of a row-major tensor whose last two dimensions were swapped.
+    """
+    *batch, last, first = contiguous_strides([*shape[:-2], shape[-1], shape[-2]])
+    return (*batch, first, last)
 
 
 def is_countable(shape: Sequence[int]) -> bool:

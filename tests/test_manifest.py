@@ -308,7 +308,7 @@ def test_versions_begin_at_one(place: tuple[str | int, ...], version: int) -> No
 
 NEWER: dict[str, tuple[tuple[str | int, ...], dict[str, JSON], str]] = {
     "encoding of an original": (PARAMETRIZED, {"originals": {"original": "packed"}}, "originals.original"),
-    "encoding of a tensor": (LINK, {"tensors": {"base": "columns"}}, "tensors.base"),
+    "encoding of a tensor": (LINK, {"tensors": {"base": "rows"}}, "tensors.base"),
     "empty encoding": (LINK, {"tensors": {"base": ""}}, "tensors.base"),
     "digest": (TOP, {"digest": "sha-256"}, "digest"),
     "training state": (TOP, {"training": {}}, "training"),

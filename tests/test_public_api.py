@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 SIGNATURES = {
     "build": "(path, *, device=None, registry=None)",
-    "save": "(model, path, *, include_weights=False, select=None, metadata=None, registry=None, debug=None)",
+    "save": (
+        "(model, path, *, base='auto', include_weights=False, select=None, metadata=None, registry=None, debug=None)"
+    ),
     "load": (
         "(model, path, *, strict=True, legacy='inference', reparametrize=True, device=None, verify=True, "
         "registry=None, debug=None)"

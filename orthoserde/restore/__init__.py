@@ -16,10 +16,11 @@ from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpo
 from orthoserde.registry import Registry
 from orthoserde.reports import LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
-from orthoserde.restore.check import check_digests, check_ties
+from orthoserde.restore.check import check_bases, check_digests, check_ties
 from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
+from orthoserde.transforms import expand
 from orthoserde.walk import take_inventory
 
 
@@ -48,7 +49,7 @@ def restore(
         raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with _torch.undisturbed():
         inventory = take_inventory(model)
-        completed = complete_checkpoint(checkpoint, inventory, registry, legacy)
+        completed = complete_checkpoint(expand(checkpoint), inventory, registry, legacy)
         plan = make_plan(
             completed.checkpoint.manifest,
             inventory,
@@ -62,6 +63,8 @@ def restore(
         _refuse(checkpoint, model, plan, strict)
         if verify:
             check_digests(checkpoint)
+        check_bases(completed.checkpoint, plan)
+        _refuse(checkpoint, model, plan, strict)
         check_ties(completed.checkpoint, plan)
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
         _refuse(checkpoint, model, plan, strict)

@@ -11,6 +11,7 @@ from orthoserde.errors import DamagedFileError
 from orthoserde.reports import shorten
 from orthoserde.restore.plan import Plan, Write
 from orthoserde.tensor_bytes import digest_of, iter_bytes, span
+from orthoserde.transforms import check_columns
 from orthoserde.walk import identity
 
 
@@ -26,6 +27,16 @@ def check_digests(checkpoint: Checkpoint) -> None:
             f"{checkpoint.origin}: the bytes of {len(damaged)} tensors are not those that were saved "
             f"({shorten(damaged)}); nothing was loaded, use another copy of the file"
         )
+
+
+def check_bases(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Find bases that are wanted and cannot be worked out from what the file has of them.
+
+    Raises:
+        DamagedFileError: What it has is not what was saved.
+    """
+    wanted = [make.stored for make in plan.makes] + [write.stored for write in plan.writes]
+    plan.problems += filter(None, (check_columns(checkpoint, key) for key in dict.fromkeys(wanted)))
 
 
 def check_ties(checkpoint: Checkpoint, plan: Plan) -> None:

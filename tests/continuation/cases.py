@@ -158,6 +158,7 @@ SUBJECTS = (
 
 PARAMETRIZERS: dict[str, Parametrizer] = {
     "orthogonal": parametrizations.orthogonal,
+    "canonical": orthoserde.orthogonal,
     "householder_untrivialized": functools.partial(
         parametrizations.orthogonal, orthogonal_map="householder", use_trivialization=False
     ),
@@ -176,6 +177,11 @@ def _holder_parametrizers() -> dict[str, tuple[Parametrizer, tuple[torch.dtype, 
             )
             name = f"{orthogonal_map}-{'trivialized' if trivialized else 'untrivialized'}"
             found[name] = (parametrizer, REAL_DTYPES if orthogonal_map == "householder" else ALL_DTYPES)
+        canonical = functools.partial(orthoserde.orthogonal, orthogonal_map=orthogonal_map)
+        found[f"{orthogonal_map}-canonical"] = (
+            canonical,
+            REAL_DTYPES if orthogonal_map == "householder" else ALL_DTYPES,
+        )
     for dim in (0, 1):
         found[f"weight_norm-dim{dim}"] = (functools.partial(weight_norm, dim=dim), REAL_DTYPES)
     found["weight_norm-whole"] = (functools.partial(weight_norm, dim=None), ALL_DTYPES)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import orthoserde
 from tests.continuation import cases
 from tests.continuation.cases import CASES, HOLDER_PARAMETRIZERS, SHAPES, STEPS_AFTER, Holder, Outcome
 
@@ -62,6 +63,14 @@ def test_a_load_in_a_new_process_is_exact_and_disturbs_nothing(name: str, resume
     assert outcome["disturbed"] == []
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "canonical" in name and "square" not in name])
+def test_a_canonical_base_is_compact_after_training(name: str, folder: Path, uninterrupted: Outcomes) -> None:
+    assert uninterrupted[name]["error"] == ""
+    manifest = orthoserde.inspect(folder / f"{name}.safetensors")
+    square = {record.name for record in manifest.parametrized if len(set((record.shape or ())[-2:])) == 1}
+    assert set(manifest.compact) == {record.name for record in manifest.parametrized} - square
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_new_process_starts_from_other_values(name: str, resumed: Outcomes) -> None:
     # Otherwise the tests above would pass without a load.
@@ -73,6 +82,7 @@ def test_the_new_process_starts_from_other_values(name: str, resumed: Outcomes) 
     [
         ("householder-trivialized", ValueError, "does not support complex"),
         ("householder-untrivialized", ValueError, "does not support complex"),
+        ("householder-canonical", ValueError, "does not support complex"),
         ("weight_norm-dim0", RuntimeError, "not implemented for 'ComplexFloat'"),
         ("weight_norm-dim1", RuntimeError, "not implemented for 'ComplexFloat'"),
     ],
@@ -89,6 +99,7 @@ def test_only_what_torch_refuses_is_left_out_of_the_table() -> None:
     assert left_out == {
         "householder-trivialized",
         "householder-untrivialized",
+        "householder-canonical",
         "weight_norm-dim0",
         "weight_norm-dim1",
     }

@@ -7,6 +7,7 @@ again: it stands for every file of its format version that users have. `v1` was 
 
 from __future__ import annotations
 
+import math
 import sys
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import orthoserde
+from orthoserde.completion import complete
 from orthoserde.walk import take_inventory
 
 FOLDER = Path(__file__).parent / "v1"
@@ -139,12 +141,50 @@ def users() -> nn.Module:
     )
 
 
+def compact() -> nn.Module:
+    """Bases that are stored as columns; a shared module, and a square base, which is stored whole."""
+    model = nn.Module()
+    shapes = {
+        "tall": ((9, 4), torch.float32),
+        "wide": ((3, 8), torch.float64),
+        "batched": ((2, 5, 2), torch.float32),
+        "complex": ((7, 3), torch.complex64),
+        "complex_wide": ((2, 6), torch.complex128),
+        "square": ((4, 4), torch.float32),
+    }
+    for name, (shape, dtype) in shapes.items():
+        for orthogonal_map in ("cayley", "matrix_exp") if dtype.is_complex else ("householder", "cayley", "matrix_exp"):
+            layer = nn.Module()
+            layer.weight = nn.Parameter(torch.eye(*shape[-2:], dtype=dtype).expand(shape).clone())
+            orthoserde.orthogonal(layer, orthogonal_map=orthogonal_map)
+            model.add_module(f"{orthogonal_map}_{name}", layer)
+    model.again = model.cayley_tall
+    return model
+
+
+def set_bases_(model: nn.Module) -> nn.Module:
+    """Give every base orthonormal columns and their completion, by arithmetic whose bits are those of every machine."""
+    for record in list(orthoserde.parametrized_tensors(model)):
+        base = model.get_buffer(f"{record.prefix}.0.base")
+        n, k = base.size(-1), min(record.originals["original"].shape[-2:])
+        for i, matrix in enumerate([base] if base.dim() == 2 else base.unbind(0)):
+            vector = ((torch.arange(n) * 5 + zlib.crc32(record.name.encode()) + i) % 7 + 1).to(torch.float64)
+            unit = vector / math.sqrt(float((vector * vector).sum()))  # the sum is exact
+            columns = complete((unit * (0.6 + 0.8j) if base.is_complex() else unit)[:, None])[:, n - k :]
+            with torch.no_grad():
+                matrix.copy_(complete(columns.to(base.dtype)))
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "orthogonals": orthogonals,
     "norms": norms,
     "users": users,
 }
+
+#: Written by orthoserde 0.1 under torch 2.13.0 alone: a file of canonical bases is the same under every torch.
+COMPACT: dict[str, Callable[[], nn.Module]] = {"compact": compact}
 
 
 def expected(key: str, like: Tensor) -> Tensor:
@@ -172,9 +212,11 @@ def fill_(model: nn.Module) -> nn.Module:
 if __name__ == "__main__":
     folder = FOLDER.parent / sys.argv[1] if len(sys.argv) > 1 else FOLDER
     folder.mkdir(exist_ok=True)
-    for name, make in MODELS.items():
+    for name, make in (MODELS | COMPACT).items():
         path = folder / f"{name}.safetensors"
         if not path.exists():
-            print(
-                orthoserde.save(fill_(make()), path, registry=REGISTRY, metadata={"golden": name, "ключ": "значение"})
-            )
+            model = fill_(make())
+            if name in COMPACT:
+                set_bases_(model)
+            metadata = {"golden": name, "ключ": "значение"}
+            print(orthoserde.save(model, path, registry=REGISTRY, metadata=metadata))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import orthoserde
 from orthoserde import Fidelity, storage
 from orthoserde.tensor_bytes import digest_of, iter_bytes
 from orthoserde.walk import take_inventory
-from tests.golden.models import FOLDER, MODELS, REGISTRY, expected
+from tests.golden.models import COMPACT, FOLDER, MODELS, REGISTRY, expected, set_bases_
 
 #: SHA-256 of each golden file: whoever changes one changes what "readable for ever" means.
 SHA256 = {
+    "compact": "edc239c73d75ae7f35f46f30a94673135a61847bfb59ef1e00d356344cdce5eb",
     "norms": "55557eb77afcce9307d741905ac6a599930e1c32df0a03f14bff7cb1b0b0c84b",
     "orthogonals": "5d15a00c90465625aa411acc4d172442cdbed0cf5efe271e0f60c62e1271f8e2",
     "plain": "455705f05d14522e60e29af79e7934527f67016b39f95099d608f08677c8b1ad",
@@ -35,7 +37,7 @@ def path_of(name: str) -> Path:
 
 
 def test_every_golden_file_is_known() -> None:
-    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(MODELS)
+    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(MODELS | COMPACT)
 
 
 @pytest.mark.parametrize("name", SHA256)
@@ -43,7 +45,7 @@ def test_a_golden_file_is_what_it_was(name: str) -> None:
     assert hashlib.sha256(path_of(name).read_bytes()).hexdigest() == SHA256[name]
 
 
-@pytest.mark.parametrize("name", SHA256)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_golden_file_loads_with_its_values_and_strides(name: str) -> None:
     model = MODELS[name]()
     report = orthoserde.load(model, path_of(name), registry=REGISTRY)
@@ -111,3 +113,59 @@ def test_a_golden_file_loads_into_bare_modules_and_meta_ones(name: str) -> None:
                 assert tensor is not None
                 assert torch.equal(tensor, slot.tensor)
                 assert tensor.stride() == slot.tensor.stride()
+
+
+#: Digest of each base of the compact file: whoever changes one changes what every compact file stands for.
+BASES = {
+    "householder_tall": "7bc43019b5f1fb48b4981108f3b0a090",
+    "cayley_tall": "7bc43019b5f1fb48b4981108f3b0a090",
+    "matrix_exp_tall": "274057e3a0eddb1a35c7acdca1ed182b",
+    "householder_wide": "a3437b6c64741e554dab51bc2d4a3029",
+    "cayley_wide": "7709dc4c0ac9e238f198095e3dd79268",
+    "matrix_exp_wide": "a3437b6c64741e554dab51bc2d4a3029",
+    "householder_batched": "7be159698398d4d7a7a68d0085034025",
+    "cayley_batched": "313c9c596507e97e049eb69dffc713b9",
+    "matrix_exp_batched": "313c9c596507e97e049eb69dffc713b9",
+    "cayley_complex": "f9b344626c4704c9a272b2662ceaf2e7",
+    "matrix_exp_complex": "f9b344626c4704c9a272b2662ceaf2e7",
+    "cayley_complex_wide": "f43ccf7b4f148f272127a9ad91a2ff66",
+    "matrix_exp_complex_wide": "f9f9c3a1931d00dc6f73486ef9c8dc7a",
+    "householder_square": "280f222763f3d987c1060311b3b7b1c3",
+    "cayley_square": "ba4c5d1747c850e9d600fc922e57dc91",
+    "matrix_exp_square": "ba4c5d1747c850e9d600fc922e57dc91",
+    "again": "7bc43019b5f1fb48b4981108f3b0a090",
+}
+
+
+def test_a_golden_file_with_compact_bases_loads_with_its_values_and_strides() -> None:
+    wanted, model = set_bases_(COMPACT["compact"]()), COMPACT["compact"]()
+    bare = COMPACT["compact"]()
+    for record in list(orthoserde.parametrized_tensors(bare)):
+        torch.nn.utils.parametrize.remove_parametrizations(record.module, record.tensor_name)
+    for other in (model, bare):
+        assert orthoserde.load(other, path_of("compact")).fidelity is Fidelity.EXACT
+        slots, theirs = take_inventory(other).slots, take_inventory(wanted).slots
+        assert slots.keys() == theirs.keys()
+        for key, slot in slots.items():
+            assert slot.tensor is not None
+            tensor = theirs[key].tensor
+            assert tensor is not None
+            value = tensor if key.endswith(".base") else expected(key.replace("again.", "cayley_tall."), tensor)
+            assert torch.equal(slot.tensor, value), key
+            assert slot.tensor.stride() == tensor.stride(), key
+    found = {
+        key: digest_of(iter_bytes(slot.tensor))
+        for key, slot in take_inventory(model).slots.items()
+        if slot.tensor is not None and key.endswith(".base")
+    }
+    assert found == {f"{key}.parametrizations.weight.0.base": digest for key, digest in BASES.items()}
+
+
+def test_a_golden_file_with_compact_bases_is_what_a_save_writes(tmp_path: Path) -> None:
+    model = COMPACT["compact"]()
+    orthoserde.load(model, path_of("compact"))
+    orthoserde.save(model, tmp_path / "m", base="compact", metadata={"golden": "compact", "ключ": "значение"})
+    ours, theirs = orthoserde.inspect(tmp_path / "m"), orthoserde.inspect(path_of("compact"))
+    assert dataclasses.replace(ours, writer=theirs.writer) == theirs
+    assert sum(name.endswith("square.weight") for name in theirs.compact) == 0
+    assert len(theirs.compact) == 13

@@ -17,7 +17,8 @@ def saving(model: nn.Linear, path: Path) -> None:
     assert_type(report.file_bytes, int)
     assert_type(report.aliases, Mapping[str, str])
     assert_type(report.opaque, tuple[str, ...])
-    orthoserde.save(model, "model.safetensors")
+    assert_type(report.compact, tuple[str, ...])
+    orthoserde.save(model, "model.safetensors", base="dense")
 
 
 def loading(model: nn.Linear, path: Path) -> None:
@@ -84,6 +85,7 @@ def failing(model: nn.Module) -> None:
 def wrong_calls(model: nn.Module) -> None:
     orthoserde.save(model)  # type: ignore[call-arg]
     orthoserde.save(model, 3)  # type: ignore[arg-type]
+    orthoserde.save(model, "a", base="rows")  # type: ignore[arg-type]
     orthoserde.load(model, "a", False)  # type: ignore[call-arg]
     orthoserde.verify("a", orthoserde.Registry())  # type: ignore[call-arg]
     orthoserde.register(nn.Linear)  # type: ignore[arg-type]

@@ -42,6 +42,7 @@ from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
+from orthoserde.transforms import expand
 from orthoserde.walk import module_types, take_inventory
 
 #: What of a LoReFT rotation is written: the computed weight alone, or its state too.
@@ -95,7 +96,7 @@ def write(
     with storage.read(path_or_model) as checkpoint, _torch.undisturbed():
         if checkpoint.damaged():
             raise DamagedFileError(f"{checkpoint.origin}: damaged, so nothing was written; use another copy")
-        return _write(checkpoint, {}, target, form)
+        return _write(expand(checkpoint), {}, target, form)
 
 
 def _write(checkpoint: Checkpoint, classes: Mapping[str, str], target: str, form: Form) -> dict[str, int]:

@@ -1,0 +1,6 @@
+"""Checkpoints to checkpoints: what is stored another way, and stands for the same model."""
+
+from orthoserde.transforms.canonical import compact, compact_all, expand
+from orthoserde.transforms.columns import check_columns
+
+__all__ = ["check_columns", "compact", "compact_all", "expand"]

@@ -323,6 +323,8 @@ class FirstBlocks:
             self.meeting.wait(PATIENCE)
             if (threading.get_ident() == self.caller) == self.in_caller:
                 self.act()
+                # A signal may be delivered here, and is acted upon by the caller's thread, when it is awake.
+                time.sleep(0.5)
             time.sleep(0.05)
 
 

@@ -202,7 +202,8 @@ def fill(target: Tensor, dtype: torch.dtype, read_into: Callable[[memoryview], N
         dtype: dtype of the bytes; where it is not the target's, values are converted.
         read_into: Called with writable memory, in row-major order; fills all of it.
     """
-    with torch.no_grad():
+    # Views of a tensor made in inference mode can only be written there.
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
         for block in row_blocks(target.detach()):
             direct = is_row_major_memory(block, dtype)
             staged = block if direct else torch.empty(block.shape, dtype=dtype, device="cpu")

@@ -569,3 +569,18 @@ def test_a_residual_is_measured_only_when_it_is_asked_for(tmp_path: Path, monkey
     assert evaluations == ["orthogonal"]
     assert report.tensors["1.weight"].residual is None
     assert_unchanged(other, before)
+
+
+def test_a_large_column_major_tensor_of_inference_mode_is_overwritten(tmp_path: Path) -> None:
+    values = torch.arange(1100 * 1100, dtype=torch.float32).view(1100, 1100).mT  # more than one block
+
+    def make(tensor: torch.Tensor) -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("values", tensor)
+        return module
+
+    orthoserde.save(make(values), tmp_path / "model")
+    with torch.inference_mode():
+        other = make(torch.zeros(1100, 1100).mT)
+    orthoserde.load(other, tmp_path / "model")
+    assert torch.equal(other.get_buffer("values"), values)

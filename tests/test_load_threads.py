@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -255,7 +256,7 @@ def test_what_is_worked_out_or_in_memory_is_read_by_the_calling_thread(
 ) -> None:
     model = nn.Sequential(*(orthogonal(nn.Linear(6, 6, bias=False)) for _ in range(6)))
     weights = {f"{index}.weight": getattr(layer, "weight").detach() for index, layer in enumerate(model)}  # noqa: B009
-    torch.save(weights, tmp_path / "model")
+    save_file({key: weight.contiguous() for key, weight in weights.items()}, tmp_path / "model")
     use_threads(4, monkeypatch)
     filled = filled_by(monkeypatch, LiveTensor)
     with warnings.catch_warnings():

@@ -29,15 +29,12 @@ from orthoserde.parametrizations import TORCH_CODECS, codec_for_kind
 from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
-from orthoserde.tensor_bytes import DTYPES, dtype_name
+from orthoserde.tensor_bytes import DTYPES, ORTHONORMAL_DTYPES, dtype_name
 from orthoserde.transforms import expand
 
 #: An intermediate result may have this many bytes, or as many as the file holds if these are more: a float32 matrix of
 #: 4096 rows, whose exponential takes seconds.
 SCRATCH_BYTES = 64 << 20
-
-#: dtypes in which a computed tensor can be on a constraint of torch's: what is coarser is off it by its own rounding.
-_FINE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class _NotMeasured(Exception):  # noqa: N818  # an answer, not an error
@@ -159,7 +156,8 @@ def _measure(
     dry = _compute(record, links, functools.partial(_meta_tensor, checkpoint), functools.partial(_dry_run, limit=limit))
     if links[-1].codec.residual(torch.empty(0, 0)) is None:
         return None, True
-    if dry.dtype not in _FINE:
+    # What is coarser is off its constraint by its own rounding.
+    if dtype_name(dry.dtype) not in ORTHONORMAL_DTYPES:
         raise _NotMeasured(f"{dtype_name(dry.dtype)} is too coarse to be held to a constraint")
     return _judge(links[-1], _compute(record, links, checkpoint.tensor, _run))
 

@@ -15,10 +15,9 @@ from torch.nn.utils import parametrizations
 
 from orthoserde import _torch
 from orthoserde.completion import complete
+from orthoserde.parametrizations.orthogonal import default_map, tall
 from orthoserde.registration import register_given
-
-#: dtypes in which torch can orthogonalise; in half precision its own function leaves the parametrization unusable.
-_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 
 
 def orthogonal(
@@ -68,11 +67,11 @@ def orthogonal(
         raise ValueError(f"{name!r} is parametrized already, and torch would leave a second base empty")
     if weight.dim() < 2:
         raise ValueError(f"{name!r}: expected a matrix or a batch of matrices, got {weight.dim()} dimensions")
-    if weight.dtype not in _DTYPES:
+    # In half precision torch's own function leaves the parametrization unusable.
+    if dtype_name(weight.dtype) not in ORTHONORMAL_DTYPES:
         raise ValueError(f"{name!r}: expected float32 or better, got {weight.dtype}; convert the module first")
     rows, columns = weight.shape[-2:]
-    default = "matrix_exp" if rows == columns or weight.is_complex() else "householder"
-    chosen = default if orthogonal_map is None else orthogonal_map
+    chosen = default_map(weight) if orthogonal_map is None else orthogonal_map
     if chosen not in _torch.ORTHOGONAL_MAPS:
         raise ValueError(f"orthogonal_map: expected one of {', '.join(_torch.ORTHOGONAL_MAPS)}, got {chosen!r}")
     if not use_trivialization or (rows == columns and weight.device.type != "meta"):
@@ -80,15 +79,15 @@ def orthogonal(
             return parametrizations.orthogonal(module, name, chosen, use_trivialization=use_trivialization)
     with torch.no_grad(), _torch.plain_arithmetic():
         link = _torch.OrthogonalModule(weight, _torch.ORTHOGONAL_MAPS[chosen], use_trivialization=True)
-        _torch.set_buffer(link, "base", complete(_orthonormal(weight.mT if rows < columns else weight)))
+        _torch.set_buffer(link, "base", complete(_orthonormal(tall(weight))))
         original = torch.zeros_like(weight)
         original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
     register_given(module, name, [link], [original], single=True, unsafe=True)
     return module
 
 
-def _orthonormal(tall: Tensor) -> Tensor:
+def _orthonormal(matrix: Tensor) -> Tensor:
     """A matrix with orthonormal columns: itself, if it is one, else its Q factor."""
-    if tall.device.type == "meta" or _torch.is_orthogonal(tall):
-        return tall
-    return _torch.make_orthogonal(tall)
+    if matrix.device.type == "meta" or _torch.is_orthogonal(matrix):
+        return matrix
+    return _torch.make_orthogonal(matrix)

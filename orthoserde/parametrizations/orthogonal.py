@@ -14,6 +14,7 @@ from orthoserde.codec import own_tensors
 from orthoserde.completion import complete
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
+from orthoserde.manifest import ORTHOGONAL
 
 # Note [Rounding or damage]
 # Measured in float32 on weights of torch's three maps, 4 x 4 to 1024 x 1024, in units of eps: the largest entry of
@@ -36,7 +37,7 @@ class OrthogonalCodec:
     """
 
     type = _torch.OrthogonalModule
-    kind = "torch>orthogonal"
+    kind = ORTHOGONAL
     version = 1
 
     def config(self, parametrization: nn.Module) -> dict[str, JSON]:
@@ -143,7 +144,7 @@ class OrthogonalCodec:
         if config["use_trivialization"]:
             original = torch.zeros_like(weight, memory_format=torch.contiguous_format)
             original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
-            return {"original": original, "base": complete(_tall(weight))}
+            return {"original": original, "base": complete(tall(weight))}
         if not self.recovers(config):
             raise ConfigError(
                 f"{self.kind}: {config['orthogonal_map']} without trivialization cannot be recovered from the weight"
@@ -157,10 +158,17 @@ class OrthogonalCodec:
         raise ConfigError(f"{self.kind}: no version {from_version} is known")
 
 
-def _tall(weight: Tensor) -> Tensor:
+def default_map(weight: Tensor) -> str:
+    """The map that torch's ``orthogonal`` chooses for a tensor when it is told none."""
+    square = weight.size(-2) == weight.size(-1)
+    return "matrix_exp" if square or weight.is_complex() else "householder"
+
+
+def tall(weight: Tensor) -> Tensor:
+    """The weight, or its transpose, with the longer side first."""
     return weight.mT if weight.size(-2) < weight.size(-1) else weight
 
 
 def _gram_error(weight: Tensor) -> Tensor:
-    wide = _tall(weight.detach()).to(torch.complex128 if weight.is_complex() else torch.float64)
+    wide = tall(weight.detach()).to(torch.complex128 if weight.is_complex() else torch.float64)
     return wide.mH @ wide - torch.eye(wide.size(-1), dtype=wide.dtype, device=wide.device)

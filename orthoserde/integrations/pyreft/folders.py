@@ -51,6 +51,7 @@ from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, files_in, fo
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
+    ORTHOGONAL,
     Manifest,
     ParametrizationRecord,
     ParametrizedRecord,
@@ -60,6 +61,7 @@ from orthoserde.manifest import (
 )
 from orthoserde.names import tensor_names
 from orthoserde.parametrizations import codec_for_kind
+from orthoserde.parametrizations.orthogonal import default_map
 from orthoserde.registry import Registry
 from orthoserde.reports import shorten
 from orthoserde.restore import Legacy
@@ -84,8 +86,6 @@ RENAMED = {
 
 #: Numbers that pyvene registers as buffers and that the class with the override never saves; shapes say them too.
 NUMBERS = ("embed_dim", "interchange_dim")
-
-ORTHOGONAL = "torch>orthogonal"
 
 #: What a load from such files says.
 NOTE = "pyreft's files do not say dropout, activation and other arguments; the model's own were kept"
@@ -346,7 +346,7 @@ def _rotation(where: str, original: TensorRecord, certain: bool) -> Parametrized
 
 def _configuration(shape: Sequence[int]) -> dict[str, JSON]:
     """What ``torch.nn.utils.parametrizations.orthogonal`` chooses for a real matrix when it is told nothing."""
-    name = "matrix_exp" if shape[-2] == shape[-1] else "householder"
+    name = default_map(torch.empty(*shape, device="meta"))
     return {"orthogonal_map": name, "shape": [int(size) for size in shape], "use_trivialization": True}
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch, json_values
 from orthoserde._version import __version__
-from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
+from orthoserde.checkpoint import Checkpoint, DerivedTensor, LiveTensor, TensorSource
 from orthoserde.codec import Codec, own_tensors
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
 from orthoserde.evaluate import codecs_of, computed
@@ -32,7 +31,7 @@ from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.scope import Select, scope_of
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
-from orthoserde.tensor_bytes import dtype_name, ignore, iter_bytes
+from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
 
 
@@ -90,40 +89,23 @@ def capture(
         return Checkpoint(manifest, sources, type(_torch.unwrap(model)).__qualname__)
 
 
-@dataclass(frozen=True)
-class ComputedTensor:
-    """A computed tensor, worked out from the state whenever it is asked for."""
+def _compute(tensor: ParametrizedTensor, registry: Registry) -> Tensor:
+    """The computed tensor.
 
-    tensor: ParametrizedTensor
-    registry: Registry
-
-    any_thread: ClassVar[bool] = False
-
-    def blocks(self) -> Iterator[memoryview]:
-        """Yield the elements as row-major bytes."""
-        return iter_bytes(self.compute())
-
-    def fill(self, target: Tensor, see: Callable[[memoryview], None] = ignore) -> None:
-        """Overwrite ``target`` in place with the elements."""
-        LiveTensor(self.compute()).fill(target, see)
-
-    def compute(self) -> Tensor:
-        """The computed tensor.
-
-        Raises:
-            ConfigError: A class of the chain, or its configuration, is not known.
-        """
-        weight = computed(self.tensor, self.registry)
-        if weight is None:
-            raise ConfigError(
-                f"{self.tensor.name}: include_weights needs each parametrization registered, with a known configuration"
-            )
-        return weight
+    Raises:
+        ConfigError: A class of the chain, or its configuration, is not known.
+    """
+    weight = computed(tensor, registry)
+    if weight is None:
+        raise ConfigError(
+            f"{tensor.name}: include_weights needs each parametrization registered, with a known configuration"
+        )
+    return weight
 
 
 def _computed(tensor: ParametrizedTensor, registry: Registry) -> tuple[Tensor, TensorSource]:
     """A tensor that says what the computed one looks like, and the computed one."""
-    source = ComputedTensor(tensor, registry)
+    source = DerivedTensor(functools.partial(_compute, tensor, registry))
     shape = weight_shape(tensor, registry)
     if shape is None:
         weight = source.compute()

@@ -70,6 +70,23 @@ class LiveTensor:
         tensor_bytes.fill(target, self.tensor.dtype, read_into)
 
 
+@dataclass(frozen=True, slots=True)
+class DerivedTensor:
+    """A tensor that is worked out whenever it is asked for."""
+
+    compute: Callable[[], Tensor]
+
+    any_thread: ClassVar[bool] = False
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the elements as row-major bytes."""
+        return LiveTensor(self.compute()).blocks()
+
+    def fill(self, target: Tensor, see: Callable[[memoryview], None] = tensor_bytes.ignore) -> None:
+        """Overwrite ``target`` in place with the elements."""
+        LiveTensor(self.compute()).fill(target, see)
+
+
 def _stoppable(blocks: Iterator[memoryview], go_on: GoOn) -> Iterator[memoryview]:
     for block in blocks:
         go_on()

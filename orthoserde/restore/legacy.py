@@ -6,15 +6,16 @@ What `restore` then sees is a checkpoint like any other, so nothing else knows o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from orthoserde import _torch
-from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
+from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.codec import Codec
 from orthoserde.errors import ConfigError, DamagedFileError, Problem
 from orthoserde.evaluate import codecs_of
@@ -22,7 +23,7 @@ from orthoserde.json_values import JSON
 from orthoserde.manifest import TensorRecord, join
 from orthoserde.names import parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.registry import Registry
-from orthoserde.tensor_bytes import DTYPES, Digest, digest_of, dtype_name, ignore, is_lossless
+from orthoserde.tensor_bytes import DTYPES, Digest, digest_of, dtype_name, is_lossless
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 
 #: What to do with computed weights: take them, refuse them, or take damaged ones too, projected or as they are.
@@ -121,24 +122,6 @@ class ComputedWeight:
 
 
 @dataclass(frozen=True)
-class WorkedOut:
-    """The elements of one tensor of a state that is worked out from a computed weight."""
-
-    weight: ComputedWeight
-    role: str
-
-    any_thread: ClassVar[bool] = False
-
-    def blocks(self) -> Iterator[memoryview]:
-        """Yield the elements as row-major bytes."""
-        return LiveTensor(self.weight.take(self.role)).blocks()
-
-    def fill(self, target: Tensor, see: Callable[[memoryview], None] = ignore) -> None:
-        """Overwrite ``target`` in place with the elements."""
-        LiveTensor(self.weight.take(self.role)).fill(target, see)
-
-
-@dataclass(frozen=True)
 class Completed:
     """A checkpoint in which computed weights stand for state, and what could not be made of one."""
 
@@ -179,7 +162,7 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
         )
         weights[tensor.name] = found
         for wanted, role, record in _wanted(tensor, found):
-            tensors[wanted], sources[wanted] = record, WorkedOut(found, role)
+            tensors[wanted], sources[wanted] = record, DerivedTensor(functools.partial(found.take, role))
         for key in keys:
             tensors.pop(key, None)
             aliases.pop(key, None)

@@ -223,6 +223,14 @@ def plain_arithmetic() -> Iterator[None]:
         yield
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Leave autocast on one type of device."""
+    try:
+        return torch.autocast(device_type, enabled=False)
+    except RuntimeError:  # torch knows no autocast for this type of device (meta), so there is none to leave
+        return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave the random generators (torch on CPU and CUDA, Python, NumPy) and inference mode as they are.

@@ -9,13 +9,16 @@ completion is a function of the first columns alone, so it takes no random numbe
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from orthoserde import _torch
 from orthoserde.completion import complete
-from orthoserde.parametrizations.orthogonal import default_map, tall
+from orthoserde.parametrizations.orthogonal import default_map, initial_original, tall
+from orthoserde.parametrizations.structured import Orthogonal, orthonormal
 from orthoserde.registration import register_given
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 
@@ -26,6 +29,7 @@ def orthogonal(
     orthogonal_map: str | None = None,
     *,
     use_trivialization: bool = True,
+    structured: bool = False,
 ) -> nn.Module:
     """Register torch's orthogonal parametrization, with a canonical base.
 
@@ -41,14 +45,17 @@ def orthogonal(
         orthogonal_map: ``"matrix_exp"``, ``"cayley"`` or ``"householder"``; by default ``"matrix_exp"`` for square and
             complex tensors and ``"householder"`` for others.
         use_trivialization: Whether there is a base. Without one this is torch's function.
+        structured: Register :class:`orthoserde.parametrizations.structured.Orthogonal` instead of torch's module: the
+            same weight but for rounding, from the same ``original``, and no n x n matrix in memory. Files of either
+            form load into the other.
 
     Returns:
         The module.
 
     Raises:
         ValueError: The module has no such tensor, or one that cannot be parametrized so (fewer than two dimensions,
-            half precision, complex with householder, parametrized already), or there is no such map. Nothing has
-            changed.
+            half precision, complex with householder, parametrized already), or there is no such map, or it is to be
+            structured without a base. Nothing has changed.
 
     Example:
         >>> import torch, orthoserde
@@ -59,6 +66,31 @@ def orthogonal(
 
     Source: torch/nn/utils/parametrizations.py, ``orthogonal`` and ``_Orthogonal`` (torch 2.13); see Note [Charts].
     """
+    weight = _checked_weight(module, name)
+    chosen = default_map(weight) if orthogonal_map is None else orthogonal_map
+    if chosen not in _torch.ORTHOGONAL_MAPS:
+        raise ValueError(f"orthogonal_map: expected one of {', '.join(_torch.ORTHOGONAL_MAPS)}, got {chosen!r}")
+    if chosen == "householder" and weight.is_complex():
+        raise ValueError("orthogonal_map: householder takes no complex tensors; use matrix_exp or cayley")
+    if structured and not use_trivialization:
+        raise ValueError("structured: it is the base that is not made then, and use_trivialization=False has none")
+    square = weight.size(-2) == weight.size(-1)
+    if not structured and (not use_trivialization or (square and weight.device.type != "meta")):
+        with _torch.plain_arithmetic():
+            return parametrizations.orthogonal(module, name, chosen, use_trivialization=use_trivialization)
+    with torch.no_grad(), _torch.plain_arithmetic():
+        if structured:
+            link: nn.Module = Orthogonal(weight.shape, chosen)
+            original = cast("Orthogonal", link).right_inverse(weight)
+        else:
+            link = _torch.OrthogonalModule(weight, _torch.ORTHOGONAL_MAPS[chosen], use_trivialization=True)
+            _torch.set_buffer(link, "base", complete(orthonormal(tall(weight))))
+            original = initial_original(weight)
+    register_given(module, name, [link], [original], single=True, unsafe=True)
+    return module
+
+
+def _checked_weight(module: nn.Module, name: str) -> Tensor:
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
         text = f"{type(module).__qualname__} has no parameter or buffer named {name!r}"
@@ -70,24 +102,4 @@ def orthogonal(
     # In half precision torch's own function leaves the parametrization unusable.
     if dtype_name(weight.dtype) not in ORTHONORMAL_DTYPES:
         raise ValueError(f"{name!r}: expected float32 or better, got {weight.dtype}; convert the module first")
-    rows, columns = weight.shape[-2:]
-    chosen = default_map(weight) if orthogonal_map is None else orthogonal_map
-    if chosen not in _torch.ORTHOGONAL_MAPS:
-        raise ValueError(f"orthogonal_map: expected one of {', '.join(_torch.ORTHOGONAL_MAPS)}, got {chosen!r}")
-    if not use_trivialization or (rows == columns and weight.device.type != "meta"):
-        with _torch.plain_arithmetic():
-            return parametrizations.orthogonal(module, name, chosen, use_trivialization=use_trivialization)
-    with torch.no_grad(), _torch.plain_arithmetic():
-        link = _torch.OrthogonalModule(weight, _torch.ORTHOGONAL_MAPS[chosen], use_trivialization=True)
-        _torch.set_buffer(link, "base", complete(_orthonormal(tall(weight))))
-        original = torch.zeros_like(weight)
-        original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
-    register_given(module, name, [link], [original], single=True, unsafe=True)
-    return module
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    """A matrix with orthonormal columns: itself, if it is one, else its Q factor."""
-    if matrix.device.type == "meta" or _torch.is_orthogonal(matrix):
-        return matrix
-    return _torch.make_orthogonal(matrix)
+    return weight

@@ -61,6 +61,26 @@ def complete(columns: Tensor) -> Tensor:
     return base
 
 
+def signs(columns: Tensor) -> Tensor:
+    """What the reflectors of orthonormal columns make of them: ``H_1 ... H_k`` has the columns ``W s`` first.
+
+    Args:
+        columns: W, shape ``(..., n, k)`` with ``n >= k`` and orthonormal columns; float32, float64 or complex.
+
+    Returns:
+        s, shape ``(..., k)``, of W's dtype and device: 1 and -1, or complex numbers of size 1. The bits are the same
+        everywhere, see Note [Same bits everywhere].
+    """
+    *batch, _, k = columns.shape
+    with torch.no_grad():
+        found = torch.empty(*batch, k, dtype=columns.dtype, device=columns.device)
+        if columns.device.type != "meta":
+            for index in product(*(range(size) for size in batch)):
+                _, phases = _reflectors(_planes(columns[index].detach().cpu()))
+                found[index] = -_tensor(phases.conj(), columns.dtype).to(found.device)
+    return found
+
+
 class Completion:
     """The canonical completion U(W) of one matrix W, some of its rows at a time.
 
@@ -75,7 +95,8 @@ class Completion:
         columns = columns.detach().cpu()
         self._dtype = columns.dtype
         self._n, self._k = n, k = columns.size(0), columns.size(1)
-        self._vectors, factor = _reflectors(_planes(columns))
+        self._vectors, _ = _reflectors(_planes(columns))
+        factor = _triangular(self._vectors)
         tail = self._vectors[k:].conj()
         # M = T V[k:]^H, summed in the order of the reflectors.
         self._product = self._vectors.zeros(k, n - k)
@@ -182,12 +203,12 @@ def row_parts(start: int, stop: int, length: int) -> Iterator[slice]:
 
 
 def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
-    """Householder vectors of a matrix and the triangular T with ``H_1 ... H_k = I - V T V^H``.
+    """Householder vectors of a matrix, and the phases of its heads, of which R has the opposites on its diagonal.
 
     Each vector v is scaled to ``v^H v = 2``, so that its reflector is ``I - v v^H``.
     """
     n, k = work.real.shape
-    vectors = work.zeros(n, k)
+    vectors, phases = work.zeros(n, k), work.zeros(k)
     for j in range(k):
         column = work[j:, j]
         head, norm = column[0], _sqrt(column.squared_norm())
@@ -196,6 +217,7 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
         phase = _Planes(torch.ones_like(size), None if head.imag is None else torch.zeros_like(size))
         if float(size) > 0:
             phase = _Planes(head.real / size, None if head.imag is None else head.imag / size)
+        phases.put((j,), phase)
         vectors.put((slice(j, n), j), column)
         vectors.put((j, j), head + phase.scaled(norm))
         vector = vectors[j:, j, None]
@@ -206,7 +228,7 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
         for part in row_parts(j + 1, k, n - j):
             rest = work[j:, part]
             rest -= vector * (vector.conj() * rest).sum()[None, :]
-    return vectors, _triangular(vectors)
+    return vectors, phases
 
 
 def _triangular(vectors: _Planes) -> _Planes:

@@ -30,6 +30,9 @@ COLUMNS = "columns"
 #: The kind whose base may be stored as columns.
 ORTHOGONAL = "torch>orthogonal"
 
+#: The kind that keeps the first columns alone, in memory too.
+STRUCTURED = "orthoserde>orthogonal"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:

@@ -23,6 +23,7 @@ FLOORS = {
     "codec": 1,
     "side_by_side": 0,
     "completion": 1,
+    "thin_maps": 1,
     "describe": 1,
     "registered_class": 1,
     "registry": 1,

@@ -29,7 +29,7 @@ SIGNATURES = {
     "verify": "(path, *, registry=None)",
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
-    "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True)",
+    "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True, structured=False)",
 }
 
 ERRORS = {

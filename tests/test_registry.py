@@ -23,7 +23,7 @@ from orthoserde import (
     RegistrationError,
     Registry,
 )
-from orthoserde.parametrizations import TORCH_CODECS, codec_for_type
+from orthoserde.parametrizations import BUILT_IN_CODECS, codec_for_type
 from orthoserde.registered_class import RegisteredClass
 
 
@@ -147,7 +147,7 @@ def test_a_registry_counts_and_lists_its_kinds() -> None:
 
 
 def test_torch_kinds_are_known_to_every_registry() -> None:
-    for codec in TORCH_CODECS:
+    for codec in BUILT_IN_CODECS:
         assert codec_for_type(Registry(), codec.type) is codec
         assert isinstance(codec, Codec)
     assert isinstance(RegisteredClass(nn.Linear, "tests>Linear", 1), Codec)

@@ -142,9 +142,7 @@ class OrthogonalCodec:
             ConfigError: cayley or matrix_exp without trivialization, whose maps torch cannot invert.
         """
         if config["use_trivialization"]:
-            original = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-            original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
-            return {"original": original, "base": complete(tall(weight))}
+            return {"original": initial_original(weight.contiguous()), "base": complete(tall(weight))}
         if not self.recovers(config):
             raise ConfigError(
                 f"{self.kind}: {config['orthogonal_map']} without trivialization cannot be recovered from the weight"
@@ -152,6 +150,9 @@ class OrthogonalCodec:
         with torch.no_grad():
             inverse = cast("Callable[[Tensor], Tensor]", self.build(config, weight).right_inverse)
             return {"original": inverse(weight)}
+
+    def settle(self, parametrization: nn.Module) -> None:
+        """Nothing follows from the state."""
 
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """There is one version."""
@@ -167,6 +168,13 @@ def default_map(weight: Tensor) -> str:
 def tall(weight: Tensor) -> Tensor:
     """The weight, or its transpose, with the longer side first."""
     return weight.mT if weight.size(-2) < weight.size(-1) else weight
+
+
+def initial_original(weight: Tensor) -> Tensor:
+    """The value of ``original`` at which the map is I: -1 on the diagonal, in memory as the weight is."""
+    original = torch.zeros_like(weight)
+    original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    return original
 
 
 def _gram_error(weight: Tensor) -> Tensor:

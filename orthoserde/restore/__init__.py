@@ -13,10 +13,12 @@ from orthoserde import _torch, evaluate
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
+from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.reports import LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
 from orthoserde.restore.check import check_bases, check_digests, check_ties
+from orthoserde.restore.forms import in_forms_of
 from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
@@ -49,7 +51,8 @@ def restore(
         raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with _torch.undisturbed():
         inventory = take_inventory(model)
-        completed = complete_checkpoint(expand(checkpoint), inventory, registry, legacy)
+        forms = in_forms_of(checkpoint, inventory, registry)
+        completed = complete_checkpoint(expand(forms.checkpoint), inventory, registry, legacy)
         plan = make_plan(
             completed.checkpoint.manifest,
             inventory,
@@ -59,7 +62,8 @@ def restore(
             device=where,
             computed={name: weight.action for name, weight in completed.weights.items()},
         )
-        plan.problems[:0] = completed.problems
+        plan.problems[:0] = [*forms.problems, *completed.problems]
+        forms.note(plan)
         _refuse(checkpoint, model, plan, strict)
         if verify:
             check_digests(checkpoint)
@@ -70,6 +74,7 @@ def restore(
         _refuse(checkpoint, model, plan, strict)
         _warn(checkpoint, completed)
         apply(completed.checkpoint, plan, completed.checkpoint.manifest.digests if verify else {})
+        _settle(plan, registry)
     for outcome in plan.outcomes:
         if outcome.name in completed.weights:
             outcome.action = completed.weights[outcome.name].action
@@ -83,6 +88,16 @@ def restore(
         loaded=len(plan.writes) + len(plan.makes),
         notes=(*plan.notes, *_scope_notes(checkpoint), *checkpoint.notes),
     )
+
+
+def _settle(plan: Plan, registry: Registry) -> None:
+    """Let parametrizations work out what follows from the state that they have got."""
+    for outcome in plan.outcomes:
+        chain = _torch.parametrization_lists(outcome.module)[outcome.tensor_name]
+        for link in map(_torch.unwrap, _torch.child_modules(chain).values()):
+            codec = codec_for_type(registry, _torch.class_before_parametrizations(link))
+            if codec is not None:
+                codec.settle(link)
 
 
 def _scope_notes(checkpoint: Checkpoint) -> list[str]:

@@ -2,5 +2,6 @@
 
 from orthoserde.transforms.canonical import compact, compact_all, expand
 from orthoserde.transforms.columns import check_columns
+from orthoserde.transforms.structured import structure, unstructure
 
-__all__ = ["check_columns", "compact", "compact_all", "expand"]
+__all__ = ["check_columns", "compact", "compact_all", "expand", "structure", "unstructure"]

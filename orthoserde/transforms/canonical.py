@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ from orthoserde.tensor_bytes import (
     storage_of,
 )
 from orthoserde.transforms.columns import ColumnsOfBase, admitted, first_columns, is_completion
+from orthoserde.transforms.rewriting import Replacement, rewrite
 
 #: Multiplications that are worth finding out whether a base can be stored as columns; see Note [Worth the work].
 MOST_MULTIPLICATIONS = 1 << 26
@@ -54,15 +55,15 @@ def expand(checkpoint: Checkpoint) -> Checkpoint:
     manifest = checkpoint.manifest
     if not manifest.compact:
         return checkpoint
-    changes: dict[str, tuple[str, TensorRecord, TensorSource]] = {}
+    changes: dict[str, Replacement] = {}
     for record in manifest.parametrized:
         for index, role in record.columns():
-            key, whole = record.link_key(index, role), _with_encoding(record, DENSE).link_key(index, role)
+            key, whole = record.link_key(index, role), with_encoding(record, DENSE).link_key(index, role)
             stored = manifest.tensors[key]
             shape = (*stored.shape[:-1], stored.shape[-2])
             base = TensorRecord(stored.dtype, shape, column_major_strides(shape), parameter=False)
             changes[key] = (whole, base, ColumnsOfBase(key, checkpoint.sources[key], stored))
-    return _changed(checkpoint, changes, DENSE)
+    return _encoded(checkpoint, changes, DENSE)
 
 
 def compact(checkpoint: Checkpoint) -> Checkpoint:
@@ -78,6 +79,11 @@ def compact(checkpoint: Checkpoint) -> Checkpoint:
         A checkpoint of the same origin.
     """
     return _compact(checkpoint, _bases(checkpoint, MOST_MULTIPLICATIONS))
+
+
+def compact_named(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """As :func:`compact`, for the parametrized tensors of these names alone and whatever it takes."""
+    return _compact(checkpoint, _bases(checkpoint, None, names))
 
 
 def compact_all(checkpoint: Checkpoint) -> Checkpoint:
@@ -123,8 +129,8 @@ class _Base:
         return tensor.numel() * tensor.element_size() if plain and tensor is not None else 0
 
 
-def _bases(checkpoint: Checkpoint, limit: int | None) -> list[_Base]:
-    """All bases that have more columns than their weight, with what keeps each from being stored as columns."""
+def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | None = None) -> list[_Base]:
+    """Bases that have more columns than their weight, with what keeps each from being stored as columns."""
     manifest = checkpoint.manifest
     memory: dict[int, list[tuple[str, Tensor]]] = {}
     for key, source in checkpoint.sources.items():
@@ -132,6 +138,8 @@ def _bases(checkpoint: Checkpoint, limit: int | None) -> list[_Base]:
             memory.setdefault(storage_of(source.tensor), []).append((key, source.tensor))
     bases: list[_Base] = []
     for record in manifest.parametrized:
+        if names is not None and record.name not in names:
+            continue
         for index, link in enumerate(record.chain):
             if link.kind != ORTHOGONAL or link.tensors.get("base") != DENSE:
                 continue
@@ -149,7 +157,7 @@ def _bases(checkpoint: Checkpoint, limit: int | None) -> list[_Base]:
                 neighbours = memory[storage_of(source.tensor)]
                 if any(other != key and overlap(source.tensor, tensor) for other, tensor in neighbours):
                     obstacle = "other tensors of the model lie in the memory of its base"
-            target = _with_encoding(record, COLUMNS).link_key(index, "base")
+            target = with_encoding(record, COLUMNS).link_key(index, "base")
             shape, dtype = (*sizes[:-2], n, k), DTYPES[manifest.tensors[key].dtype]
             bases.append(_Base(record.name, key, target, shape, dtype, source, obstacle))
 
@@ -164,7 +172,7 @@ def _bases(checkpoint: Checkpoint, limit: int | None) -> list[_Base]:
 def _obstacle(record: ParametrizedRecord, key: str, shape: tuple[int, ...], manifest: Manifest) -> str:
     """What the manifest says against storing a base as columns."""
     base, config = manifest.tensors[key], record.chain[0].config or {}
-    compacted = _with_encoding(record, COLUMNS)
+    compacted = with_encoding(record, COLUMNS)
     if len(record.chain) > 1:
         return "its orthogonal parametrization is one of several"
     if config.get("use_trivialization") is not True or config.get("shape") != list(record.shape or ()):
@@ -193,52 +201,25 @@ def _difference(base: _Base, go_on: GoOn) -> str:
 
 
 def _compact(checkpoint: Checkpoint, bases: list[_Base]) -> Checkpoint:
-    changes: dict[str, tuple[str, TensorRecord, TensorSource]] = {}
+    changes: dict[str, Replacement] = {}
     for base in bases:
         if not base.obstacle:
             record = TensorRecord(dtype_name(base.dtype), base.shape, contiguous_strides(base.shape), parameter=False)
             changes[base.key] = (base.target, record, LiveTensor(first_columns(base.source, base.shape, base.dtype)))
-    return _changed(checkpoint, changes, COLUMNS)
+    return _encoded(checkpoint, changes, COLUMNS)
 
 
-def _changed(
-    checkpoint: Checkpoint, changes: Mapping[str, tuple[str, TensorRecord, TensorSource]], encoding: str
-) -> Checkpoint:
-    """Put other tensors in the places of bases.
+def _encoded(checkpoint: Checkpoint, changes: Mapping[str, Replacement], encoding: str) -> Checkpoint:
+    """Put other tensors in the places of bases, which stand for them in this encoding."""
 
-    Args:
-        checkpoint: Where they are replaced.
-        changes: By key of what is replaced, key, record and elements of what comes in its place.
-        encoding: How the replacements stand for the bases.
-    """
-    if not changes:
-        return checkpoint
-    manifest = checkpoint.manifest
-    tensors: dict[str, TensorRecord] = {}
-    sources: dict[str, TensorSource] = {}
-    for key, record in manifest.tensors.items():
-        target, tensors_record, source = changes.get(key, (key, record, checkpoint.sources[key]))
-        tensors[target], sources[target] = tensors_record, source
-    parametrized: list[ParametrizedRecord] = []
-    renamed: dict[str, str] = {}
-    for record_before in manifest.parametrized:
-        record_after = record_before
-        if any(key in changes for key in record_before.tensor_keys()):
-            record_after = _with_encoding(record_before, encoding)
-            before, after = record_before.aliases, dataclasses.replace(record_after, aliases=())
-            for path in before:
-                old = dataclasses.replace(record_before, module=path).link_key(0, "base")
-                renamed[old] = dataclasses.replace(after, module=path).link_key(0, "base")
-        parametrized.append(record_after)
-    aliases = {
-        renamed.get(alias, alias): changes[kept][0] if kept in changes else kept
-        for alias, kept in manifest.aliases.items()
-    }
-    changed = dataclasses.replace(manifest, tensors=tensors, aliases=aliases, parametrized=tuple(parametrized))
-    return dataclasses.replace(checkpoint, manifest=changed, sources=sources)
+    def changed(record: ParametrizedRecord) -> ParametrizedRecord:
+        affected = any(key in changes for key in record.tensor_keys())
+        return with_encoding(record, encoding) if affected else record
+
+    return rewrite(checkpoint, changes, changed)
 
 
-def _with_encoding(record: ParametrizedRecord, encoding: str) -> ParametrizedRecord:
+def with_encoding(record: ParametrizedRecord, encoding: str) -> ParametrizedRecord:
     """The same record with the base of its orthogonal links in another encoding."""
     chain = tuple(
         dataclasses.replace(link, tensors={**link.tensors, "base": encoding})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -129,7 +128,7 @@ class LoReFT(nn.Module):
         source = self.learned_source(hidden_states.to(self.learned_source.weight.dtype))
         if self.activation is not None:
             source = ACTIVATIONS[self.activation](source)
-        with _without_autocast(hidden_states.device.type):
+        with _torch.without_autocast(hidden_states.device.type):
             columns = self.rotate_layer.weight
             rotated = hidden_states.to(columns.dtype) @ columns
             moved = hidden_states + (source.to(columns.dtype) - rotated) @ columns.mT
@@ -182,10 +181,3 @@ def _check_arguments(
     if orthogonal_map is not None and orthogonal_map not in _torch.ORTHOGONAL_MAPS:
         names = ", ".join(_torch.ORTHOGONAL_MAPS)
         raise ValueError(f"orthogonal_map: expected None or one of {names}, got {orthogonal_map!r}")
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    try:
-        return torch.autocast(device_type, enabled=False)
-    except RuntimeError:  # torch knows no autocast for this type of device (meta), so there is none to leave
-        return contextlib.nullcontext()

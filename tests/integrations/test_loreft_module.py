@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import orthoserde
+from orthoserde import _torch
 from orthoserde.integrations.loreft import LoReFT
 from orthoserde.integrations.loreft.module import ACTIVATIONS
 from tests.integrations.toy import close, slow_loreft, strong
 
 
-def base_error(loreft: LoReFT) -> float:
-    base = cast("Any", loreft.rotate_layer).parametrizations.weight[0].base.double()
-    return float((base.mT @ base - torch.eye(len(base))).abs().max())
+def chart_error(loreft: LoReFT) -> float:
+    """How far what the rotation is computed from is from orthonormal."""
+    (matrix,) = cast("Any", loreft.rotate_layer).parametrizations.weight[0].state_dict().values()
+    return float((matrix.double().mT @ matrix.double() - torch.eye(matrix.size(1))).abs().max())
 
 
 @pytest.mark.parametrize("orthogonal_map", [None, "householder", "cayley", "matrix_exp"])
@@ -33,13 +35,31 @@ def test_the_formula_is_that_of_the_paper(hidden_size: int, rank: int, orthogona
             assert close(new[i, j], slow_loreft(loreft, hidden[i, j]))
 
 
-def test_the_names_are_those_of_pyreft() -> None:
-    assert set(LoReFT(6, 2).state_dict()) == {
+@pytest.mark.parametrize(("structured", "chart"), [(True, "columns"), (False, "base")])
+def test_the_names_are_those_of_pyreft(structured: bool, chart: str) -> None:
+    assert set(LoReFT(6, 2, structured=structured).state_dict()) == {
         "rotate_layer.parametrizations.weight.original",
-        "rotate_layer.parametrizations.weight.0.base",
+        f"rotate_layer.parametrizations.weight.0.{chart}",
         "learned_source.weight",
         "learned_source.bias",
     }
+
+
+def test_no_matrix_of_hidden_size_x_hidden_size_is_made() -> None:
+    with _torch.LargestTensor() as largest:
+        loreft = strong(LoReFT(512, 4))
+        loreft(torch.randn(2, 512)).sum().backward()
+    assert largest.nbytes <= 2 * 512 * 4 * 8
+
+
+def test_both_forms_are_the_same_but_for_rounding() -> None:
+    ours, dense = (strong(LoReFT(24, 4, structured=structured)) for structured in (True, False))
+    state = dense.state_dict()
+    key = "rotate_layer.parametrizations.weight.0"
+    state[f"{key}.columns"] = state.pop(f"{key}.base")[:, :4]
+    ours.load_state_dict(state)
+    hidden = torch.randn(3, 24)
+    torch.testing.assert_close(ours(hidden), dense(hidden), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6)])
@@ -150,9 +170,10 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("structured", [True, False])
 @pytest.mark.parametrize("cast_down", CASTS)
-def test_a_cast_below_float32_leaves_the_rotation_as_it_is(cast_down: str) -> None:
-    loreft = strong(LoReFT(32, 4))
+def test_a_cast_below_float32_leaves_the_rotation_as_it_is(cast_down: str, structured: bool) -> None:
+    loreft = strong(LoReFT(32, 4, structured=structured))
     before = {name: tensor.clone() for name, tensor in loreft.state_dict().items()}
     CASTS[cast_down](loreft)
     for name, tensor in loreft.state_dict().items():
@@ -163,7 +184,7 @@ def test_a_cast_below_float32_leaves_the_rotation_as_it_is(cast_down: str) -> No
         else:
             assert tensor.dtype in (torch.float16, torch.bfloat16)
     loreft.float()
-    assert base_error(loreft) < 1e-5
+    assert chart_error(loreft) < 1e-5
     assert all(torch.equal(t, before[n]) for n, t in loreft.state_dict().items() if n.startswith("rotate_layer"))
 
 
@@ -198,6 +219,7 @@ def test_a_cast_keeps_the_parameters_the_same_objects() -> None:
         ({"dtype": torch.int64}, "dtype"),
         ({"dtype": "float32"}, "dtype"),
         ({"dtype": torch.complex64}, "dtype"),
+        ({"structured": 1}, "structured: expected True or False, got 1"),
         ({"orthogonal_map": "cailey"}, "orthogonal_map: expected None or one of .*cayley"),
     ],
 )
@@ -227,6 +249,7 @@ ARGUMENTS: list[dict[str, Any]] = [
     {"dropout": 0.25, "activation": "gelu_tanh", "orthogonal_map": "cayley"},
     {"dtype": torch.bfloat16},
     {"dtype": torch.float64, "orthogonal_map": "matrix_exp"},
+    {"structured": False},
 ]
 
 

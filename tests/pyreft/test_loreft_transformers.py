@@ -309,7 +309,7 @@ def test_pyrefts_own_intervention_with_these_weights_computes_the_same(
     theirs = pyreft.LoreftIntervention(
         embed_dim=WIDTH, low_rank_dimension=4, dropout=dropout, dtype=dtype, act_fn=ACTIVATIONS[activation]
     )
-    ours = strong(LoReFT(WIDTH, 4, dropout=dropout, dtype=dtype, activation=activation))
+    ours = strong(LoReFT(WIDTH, 4, dropout=dropout, dtype=dtype, activation=activation, structured=False))
     # nn.Module's own loading: theirs is an override that rebuilds the rotation.
     nn.Module.load_state_dict(theirs, ours.state_dict(), strict=False)
     for mine, other in zip(ours.rotate_layer.parameters(), theirs.rotate_layer.parameters(), strict=True):
@@ -324,7 +324,7 @@ def test_pyrefts_own_intervention_with_these_weights_computes_the_same(
 def test_pyrefts_model_on_gpt2_gives_the_same_logits() -> None:
     torch.manual_seed(0)
     model = gpt2()
-    layers = {f"transformer.h.{index}": new() for index in range(2)}
+    layers = {f"transformer.h.{index}": new(structured=False) for index in range(2)}
     adapter = attach(model, layers)
     expected = model(IDS, attention_mask=torch.ones_like(IDS)).logits.detach()
     generated = model.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)

@@ -58,8 +58,8 @@ class Rotation(_torch.AtLeastFloat32):
 class LoReFT(nn.Module):
     """One LoReFT intervention: ``h + R^T (W h + b - R h)``, where R has ``rank`` orthonormal rows.
 
-    The submodules have the names of pyreft's: ``rotate_layer`` (its ``weight`` is R^T, parametrized by torch's
-    ``orthogonal``) and ``learned_source`` (W and b, an ``nn.Linear``).
+    The submodules have the names of pyreft's: ``rotate_layer`` (its ``weight`` is R^T, parametrized by
+    ``orthoserde.orthogonal``) and ``learned_source`` (W and b, an ``nn.Linear``).
 
     The rotation is computed in float32 (float64 if ``dtype`` is), also under autocast and for hidden states of lower
     precision, and stays in it when the model is cast lower. ``W h + b`` is computed in ``dtype``, or as autocast
@@ -74,12 +74,11 @@ class LoReFT(nn.Module):
         activation: Name of a function for ``W h + b``, one of ``ACTIVATIONS``; None for none, as in the paper.
         dtype: Floating dtype of W and b; ``torch.get_default_dtype()`` by default.
         orthogonal_map: ``"householder"``, ``"cayley"``, ``"matrix_exp"``, or torch's choice by default.
+        structured: Whether R is kept in the structured form. With False it is in torch's form as in pyreft, whose base
+            of ``hidden_size x hidden_size`` takes 64 MiB at 4096 in float32, so that pyreft's own tensors fit in.
 
     Raises:
         ValueError: An argument is outside of its range.
-
-    Note:
-        Torch's parametrization keeps a base of ``hidden_size x hidden_size`` in memory (64 MiB at 4096 in float32).
 
     Source: Wu et al. 2024, arXiv 2404.03592, equation 1; ``LoreftIntervention`` in pyreft/interventions.py, 0.1.0.
     """
@@ -93,16 +92,20 @@ class LoReFT(nn.Module):
         activation: str | None = None,
         dtype: torch.dtype | None = None,
         orthogonal_map: str | None = None,
+        structured: bool = True,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        _check_arguments(hidden_size, rank, dropout, activation, dtype, orthogonal_map)
+        _check_arguments(hidden_size, rank, dropout, activation, dtype)
+        _check_form(orthogonal_map, structured)
         super().__init__()
         self.hidden_size = hidden_size
         self.rank = rank
         self.activation = activation
         self.orthogonal_map = orthogonal_map
+        self.structured = structured
         rotation = Rotation(hidden_size, rank, torch.promote_types(dtype, torch.float32))
-        self.rotate_layer = cast("Rotation", orthogonal(rotation, orthogonal_map=orthogonal_map))
+        parametrized = orthogonal(rotation, orthogonal_map=orthogonal_map, structured=structured)
+        self.rotate_layer = cast("Rotation", parametrized)
         self.learned_source = nn.Linear(hidden_size, rank, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
 
@@ -143,6 +146,7 @@ class LoReFT(nn.Module):
             "activation": self.activation,
             "dtype": dtype_name(self.learned_source.weight.dtype),
             "orthogonal_map": self.orthogonal_map,
+            "structured": self.structured,
         }
 
     @classmethod
@@ -165,9 +169,7 @@ class LoReFT(nn.Module):
         return f"hidden_size={self.hidden_size}, rank={self.rank}{activation}"
 
 
-def _check_arguments(
-    hidden_size: object, rank: object, dropout: object, activation: object, dtype: object, orthogonal_map: object
-) -> None:
+def _check_arguments(hidden_size: object, rank: object, dropout: object, activation: object, dtype: object) -> None:
     if type(hidden_size) is not int or hidden_size < 1:
         raise ValueError(f"hidden_size: expected an integer from 1, got {hidden_size!r}")
     if type(rank) is not int or not 1 <= rank <= hidden_size:
@@ -178,6 +180,11 @@ def _check_arguments(
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+
+
+def _check_form(orthogonal_map: object, structured: object) -> None:
     if orthogonal_map is not None and orthogonal_map not in _torch.ORTHOGONAL_MAPS:
         names = ", ".join(_torch.ORTHOGONAL_MAPS)
         raise ValueError(f"orthogonal_map: expected None or one of {names}, got {orthogonal_map!r}")
+    if not isinstance(structured, bool):
+        raise ValueError(f"structured: expected True or False, got {structured!r}")  # noqa: TRY004  # as for the others

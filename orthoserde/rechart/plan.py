@@ -53,7 +53,7 @@ def make_plan(
     _check_memory(found, changes)
     if found.problems:
         raise CanonicalizeError(
-            f"{type(model).__name__}: {len(found.problems)} things keep it from canonical bases; nothing was changed",
+            f"{type(model).__name__}: its bases cannot be made canonical; nothing was changed",
             found.problems,
         )
     return found.reports, changes

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
 from orthoserde.checkpoint import LiveTensor
@@ -87,7 +88,7 @@ class Survey:
 
     def enter(self, place: Place, name: str, tensor: Tensor) -> None:
         """Remember where a tensor lies."""
-        if not _torch.overrides_dispatch(tensor):
+        if not is_lazy(tensor) and not _torch.overrides_dispatch(tensor):
             self.memory.setdefault(storage_of(tensor), []).append((place, name, tensor))
 
     def neighbour(self, place: Place, tensor: Tensor) -> str:

@@ -219,6 +219,7 @@ def test_the_trajectory_of_sgd_does_not_depend_on_the_chart(
     for _ in range(50):
         train(model, optimizer, 1)
         train(twin, other, 1)
+    # Small matrices are farther from their targets, and turn through large angles: roundings count for more.
     assert largest_difference(weight_of(model), weight_of(twin)) <= 10 * APART[dtype][orthogonal_map]
 
 
@@ -354,7 +355,7 @@ class OwnSGD(SGD):
         (momentum, {"momentum_buffer": torch.ones(40, 5, device="meta")}, "not an ordinary tensor"),
         (momentum, {"momentum_buffer": "lost"}, "only a momentum_buffer is known"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_state_that_cannot_go_along_is_refused(
     make: Callable[[Iterator[nn.Parameter]], Optimizer], entry: dict[str, object], message: str

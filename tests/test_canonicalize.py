@@ -469,6 +469,24 @@ def scaled_before() -> nn.Module:
     return model
 
 
+def one_entry_of_many() -> nn.Module:
+    """A base whose error is rounding in the mean of its entries."""
+    model = torch_model((400, 4), "householder")
+    model.get_buffer(BASE)[3, 30] += 7e-4
+    return model
+
+
+def original_in_a_graph() -> nn.Module:
+    model = Holder(torch.randn(9, 4), parameter=False)
+    parametrizations.orthogonal(model)
+    chain_of(model).original = model.get_buffer(ORIGINAL) * torch.ones(9, 4, requires_grad=True)
+    return model
+
+
+def _expand_original(model: nn.Module) -> None:
+    chain_of(model).original = nn.Parameter(torch.full((1, 1), -1.0).expand(9, 4))
+
+
 @torch.no_grad()
 def _fill_nan(model: nn.Module) -> None:
     original_of(model)[8, 0] = torch.nan
@@ -490,6 +508,9 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: damaged_base(lambda base: base[3, 30].add_(0.01)),
         "base is not orthonormal",
     ),
+    "one entry of many": (one_entry_of_many, "base is not orthonormal"),
+    "original in a graph": (original_in_a_graph, "the result of a computation"),
+    "an expanded original": (lambda: with_original(_expand_original), "original cannot be overwritten in place"),
     "NaN in the weight": (lambda: damaged_base(lambda base: base[3, 0].fill_(torch.nan)), "not finite"),
     "NaN in the completion": (
         lambda: damaged_base(lambda base: base[3, 30].fill_(torch.nan)),

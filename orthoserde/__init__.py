@@ -10,6 +10,7 @@ from orthoserde.charts import orthogonal
 from orthoserde.codec import Codec
 from orthoserde.errors import (
     AdapterError,
+    CanonicalizeError,
     CheckpointNotFoundError,
     CommitUncertainError,
     ConfigError,
@@ -26,12 +27,24 @@ from orthoserde.errors import (
     UnsupportedModuleError,
 )
 from orthoserde.manifest import Manifest
+from orthoserde.rechart import canonicalize_
 from orthoserde.registry import Registry, default_registry, register
-from orthoserde.reports import Fidelity, LoadReport, SaveReport, TensorReport, VerifyReport
+from orthoserde.reports import (
+    CanonicalizeReport,
+    ChartReport,
+    Fidelity,
+    LoadReport,
+    SaveReport,
+    TensorReport,
+    VerifyReport,
+)
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
     "AdapterError",
+    "CanonicalizeError",
+    "CanonicalizeReport",
+    "ChartReport",
     "CheckpointNotFoundError",
     "Codec",
     "CommitUncertainError",
@@ -57,6 +70,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "build",
+    "canonicalize_",
     "default_registry",
     "inspect",
     "load",

@@ -119,6 +119,21 @@ class Completion:
             result -= self._vectors[part, j, None] * self._product[None, j]
         return _tensor(result, self._dtype)
 
+    def coordinates(self, matrix: Tensor) -> Tensor:
+        """``U(W)^H @ matrix``, without the n x (n - k) matrix U(W): the coordinates of its columns in those of U(W).
+
+        Args:
+            matrix: Shape ``(n, c)``, real or complex as W is.
+
+        Returns:
+            A new tensor of shape ``(n - k, c)`` on the CPU, float64 or complex128. It is computed by matrix products,
+            so its last bits may depend on the machine, which those of :meth:`rows` do not.
+        """
+        dtype = torch.float64 if self._vectors.imag is None else torch.complex128
+        wide = matrix.detach().to("cpu", dtype)
+        vectors, product = _tensor(self._vectors, dtype), _tensor(self._product, dtype)
+        return wide[self._k :] - product.mH @ (vectors.mH @ wide)
+
 
 @dataclass(frozen=True)
 class _Planes:

@@ -19,12 +19,12 @@ SHOWN_KEYS = 12
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that keeps a checkpoint from fitting a model.
+    """One thing that keeps a checkpoint from fitting a model, or a model from being saved or changed.
 
     Attributes:
         where: Dotted name of the module or tensor, ``""`` for the whole model.
         kind: ``"missing"`` (the model has it, the file does not), ``"unexpected"`` (the other way round),
-            ``"mismatch"`` (both have it and disagree), ``"unsupported"`` (it cannot be saved or restored at all).
+            ``"mismatch"`` (both have it and disagree), ``"unsupported"`` (it cannot be saved, restored or changed).
         text: What was expected, what was found, and what to do.
     """
 
@@ -66,6 +66,22 @@ class UnsupportedModuleError(OrthoserdeError, RuntimeError):
 
 class AdapterError(OrthoserdeError, RuntimeError):
     """An adapter cannot be attached to this model, or cannot tell what it is to do in this forward."""
+
+
+class CanonicalizeError(OrthoserdeError, RuntimeError):
+    """A model, or the state of its optimizer, cannot be moved to canonical bases. Nothing has been changed.
+
+    Attributes:
+        problems: Everything that is in the way.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message, tuple(problems))
+        self.message = message
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return render(self.message, self.problems)
 
 
 class IncompatibleModelError(OrthoserdeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What a save, a load or a verification did, told to the caller."""
+"""What a save, a load, a verification or a change of charts did, told to the caller."""
 
 from __future__ import annotations
 
@@ -217,6 +217,62 @@ class VerifyReport:
             lines += [f"  {printable(name)}: {label}: {printable(why)}" for name, why in list(reasons.items())[:SHOWN]]
             if len(reasons) > SHOWN:
                 lines.append(f"  {label}: {len(reasons) - SHOWN} more")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ChartReport:
+    """What became of the chart of one orthogonal tensor.
+
+    Attributes:
+        name: Dotted name, such as ``"layers.0.weight"``.
+        action: What was done, in words.
+        canonicalized: Whether its base is another than before.
+        weight_change: Largest change of an entry of the weight, as the parametrization computes it in its own dtype.
+            Exactly 0 where ``original`` has its initial value.
+        rotated: What was rotated along: ``original``, its gradient, momentum of an optimizer.
+        reset: Optimizer states that were removed, and start afresh.
+    """
+
+    name: str
+    action: str
+    canonicalized: bool = False
+    weight_change: float = 0.0
+    rotated: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CanonicalizeReport:
+    """What ``canonicalize_`` did.
+
+    Attributes:
+        tensors: What became of each tensor with torch's orthogonal parametrization, by name.
+    """
+
+    tensors: Mapping[str, ChartReport]
+
+    @property
+    def canonicalized(self) -> tuple[str, ...]:
+        """Names of the tensors whose base is another than before."""
+        return tuple(name for name, report in self.tensors.items() if report.canonicalized)
+
+    @property
+    def weight_change(self) -> float:
+        """Largest change of an entry of any weight."""
+        return max((report.weight_change for report in self.tensors.values()), default=0.0)
+
+    def __str__(self) -> str:
+        done = self.canonicalized
+        lines = [f"canonicalized {len(done)} of {len(self.tensors)} orthogonal weights"]
+        if done:
+            lines[0] += f", largest change of a weight {self.weight_change:.2g}"
+        for report in list(self.tensors.values())[:SHOWN]:
+            lines.append(f"  {report.name}: {report.action}")
+            lines += [f"    rotated along: {shorten(report.rotated)}"] if report.rotated else []
+            lines += [f"    reset: {shorten(report.reset)}"] if report.reset else []
+        if len(self.tensors) > SHOWN:
+            lines.append(f"  ... and {len(self.tensors) - SHOWN} more (see the tensors attribute)")
         return "\n".join(lines)
 
 

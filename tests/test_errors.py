@@ -25,6 +25,7 @@ EXAMPLES: list[tuple[OrthoserdeError, type[Exception]]] = [
     (errors.ConfigError("what"), ValueError),
     (errors.AdapterError("what"), RuntimeError),
     (errors.UnsupportedModuleError("what", PROBLEMS), RuntimeError),
+    (errors.CanonicalizeError("what", PROBLEMS), RuntimeError),
     (errors.IncompatibleModelError("what", PROBLEMS), RuntimeError),
     (errors.FileFormatError("what"), ValueError),
     (errors.DamagedFileError("what"), ValueError),

@@ -32,6 +32,7 @@ FLOORS = {
     "registration": 1,
     "transforms": 2,
     "charts": 3,
+    "rechart": 3,
     "walk": 2,
     "names": 2,
     "scope": 2,

@@ -29,11 +29,13 @@ SIGNATURES = {
     "verify": "(path, *, registry=None)",
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
+    "canonicalize_": "(model, *, optimizer=None, reset_state=False)",
     "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True, structured=False)",
 }
 
 ERRORS = {
     "AdapterError": RuntimeError,
+    "CanonicalizeError": RuntimeError,
     "CheckpointNotFoundError": FileNotFoundError,
     "CommitUncertainError": OSError,
     "ConfigError": ValueError,
@@ -49,6 +51,8 @@ ERRORS = {
 }
 
 VALUES = {
+    "CanonicalizeReport",
+    "ChartReport",
     "Codec",
     "Fidelity",
     "LegacyCheckpointWarning",
@@ -97,7 +101,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(orthoserde, name))
 
 
-@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify", "orthogonal"])
+@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_"])
 def test_a_docstring_names_every_argument(function: str) -> None:
     text = inspect.getdoc(getattr(orthoserde, function)) or ""
     for parameter in inspect.signature(getattr(orthoserde, function)).parameters:

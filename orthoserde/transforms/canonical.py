@@ -194,7 +194,7 @@ def _obstacle(record: ParametrizedRecord, key: str, shape: tuple[int, ...], mani
 def _difference(base: _Base, go_on: GoOn) -> str:
     columns = first_columns(base.source, base.shape, base.dtype)
     if not is_completion(base.source, columns, go_on):
-        return "its completion is torch's random one; canonicalize or save with base='auto'"
+        return "its completion is torch's random one; call orthoserde.canonicalize_, or save with base='auto'"
     if not admitted(columns):
         return "the first columns of its base are not finite, or farther from orthonormal than rounding takes them"
     return ""

@@ -270,7 +270,7 @@ def random_completion() -> nn.Module:
 
 
 DENSE_MODELS = {
-    "torch's own": (random_completion, "its completion is torch's random one; canonicalize or save with base='auto'"),
+    "torch's own": (random_completion, "its completion is torch's random one; call orthoserde.canonicalize_, or save"),
     "one bit": (one_bit, "torch's random one"),
     "row-major": (lambda: set_base(model := make(), base_of(model).contiguous()), "not column-major"),
     "tied": (tied, "tied to another tensor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
@@ -55,6 +56,19 @@ def walking(model: nn.Module) -> None:
     for record in orthoserde.parametrized_tensors(model):
         assert_type(record.module, nn.Module)
         assert_type(record.originals, Mapping[str, Tensor])
+
+
+def canonicalizing(model: nn.Module, optimizer: torch.optim.SGD) -> None:
+    report = orthoserde.canonicalize_(model, optimizer=optimizer)
+    assert_type(report, orthoserde.CanonicalizeReport)
+    assert_type(report.tensors, Mapping[str, orthoserde.ChartReport])
+    assert_type(report.canonicalized, tuple[str, ...])
+    assert_type(report.weight_change, float)
+    assert_type(report.tensors["weight"].rotated, tuple[str, ...])
+    orthoserde.canonicalize_(model, optimizer=[optimizer, torch.optim.Adam(model.parameters())], reset_state=True)
+    orthoserde.canonicalize_(model, optimizer=False)
+    orthoserde.canonicalize_(model, optimizer=True)  # type: ignore[arg-type]
+    orthoserde.canonicalize_(model, optimizer)  # type: ignore[call-arg]
 
 
 @orthoserde.register("mylab>Symmetric", version=2)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from orthoserde import audit, storage
 from orthoserde.capture import capture
@@ -19,6 +20,7 @@ from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
+from orthoserde.training import Targets, with_training
 from orthoserde.transforms import compact, compact_all
 from orthoserde.walk import module_types
 
@@ -39,6 +41,9 @@ def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+    state: Mapping[str, object] | None = None,
+    rng: bool = False,
     base: Base = "auto",
     include_weights: bool = False,
     select: Select = None,
@@ -57,6 +62,13 @@ def save(
             float8_e4m3fn, float8_e5m2, float16, bfloat16, float32, float64, complex64 or complex128. ``torch.compile``,
             DDP, DataParallel and activation checkpointing are looked through. Tied tensors are stored once.
         path: The file to create or replace. A symbolic link is followed.
+        optimizer: An optimizer whose state is saved along, or several by name. Its state is kept by the names of
+            parameters, not by their numbers. All of its parameters must be the model's.
+        state: What else training goes on from, by name: objects with ``state_dict`` and ``load_state_dict``
+            (schedulers, gradient scalers, samplers), ``torch.Generator``, and plain values; made of tensors, numbers,
+            strings, None, and lists, tuples and dicts of them.
+        rng: Whether the states of the random generators are saved along: torch on the CPU and on every CUDA device,
+            Python and NumPy.
         base: How the n x n ``base`` of a trivialized ``orthogonal`` weight with sides n > k is stored. It never changes
             in training, and a load gives it back bit for bit in any case:
 
@@ -87,7 +99,9 @@ def save(
         UnsupportedModuleError: The model holds state that would be lost (quantized modules, extra state, DTensors, lazy
             or meta tensors, sparse layouts); every such place is listed, and nothing is written.
         ConfigError: A ``get_config`` returns other than JSON, ``metadata`` holds other than strings, ``select`` is
-            something else or selects nothing, or ``base`` is none of these, or ``"compact"`` where that cannot be.
+            something else or selects nothing, or ``base`` is none of these, or ``"compact"`` where that cannot be; the
+            optimizer holds parameters that the model does not have, or training state is of other types.
+        TypeError: ``model`` is no module, ``optimizer`` no optimizer, or ``state`` no mapping.
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
 
@@ -110,6 +124,7 @@ def save(
     sink = sink_of(debug)
     watch = None if sink is None else Watch("save", model, registry)
     captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
+    captured = with_training(captured, model, optimizer=optimizer, state=state, rng=rng)
     with _STORED[base](captured) as checkpoint:
         file_bytes = storage.write(checkpoint, path)
         report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
@@ -123,6 +138,10 @@ def load(
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
+    optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+    state: Mapping[str, object] | None = None,
+    rng: bool = False,
+    reset: str | Iterable[str] = (),
     legacy: Legacy = "inference",
     reparametrize: bool = True,
     device: torch.device | str | None = None,
@@ -145,6 +164,15 @@ def load(
             ``UNVERIFIED``; or, for a ``ReftModel``, a folder that pyreft or its trainer wrote.
         strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported
             instead; anything else that does not fit is refused all the same.
+        optimizer: An optimizer to load, or several by the names that they were saved with; made before the load or
+            after, in any order of parameters, but with the same groups. Its class, its groups, their options and the
+            shapes of its state are checked before anything changes; then its own ``load_state_dict`` takes them.
+        state: What else to load, by the names of the save: objects are loaded by their ``load_state_dict`` (a
+            ``torch.Generator`` by ``set_state``); other entries are replaced by the value in the file, in place. Plain
+            values are also in the report.
+        rng: Whether the random generators are put into the states of the file, as the last step.
+        reset: Names of tensors, parameters or modules whose optimizer state is not loaded and starts afresh, or
+            ``"all"``. It has to name every parametrized tensor of which the file has the computed weight alone.
         legacy: What to do where the model has a parametrized tensor and the file its computed weight alone:
 
             - ``"inference"``: start afresh at that weight, with one ``LegacyCheckpointWarning``; a weight that is off
@@ -167,7 +195,9 @@ def load(
         What was loaded; unpacks as ``missing_keys, unexpected_keys``.
 
     Raises:
-        IncompatibleModelError: The file does not fit the model; everything that is wrong is listed.
+        IncompatibleModelError: The file does not fit the model, or the training state what it is to be loaded into;
+            everything that is wrong is listed.
+        TypeError: ``model`` is no module, ``optimizer`` no optimizer, or ``state`` no mapping.
         CheckpointNotFoundError: There is no such file.
         FileAccessError: The system refuses to open or read it.
         FileFormatError: Not a safetensors file, a newer format (``FormatVersionError``), or damaged
@@ -178,6 +208,7 @@ def load(
     extended = _with_neighbours(registry, model)
     sink = sink_of(debug)
     watch = None if sink is None else Watch("load", model, extended)
+    training = Targets.of(optimizer, state, rng, reset)
     checkpoint, known = _open(path, model, registry, extended, legacy)
     with checkpoint:
         report = restore(
@@ -189,6 +220,7 @@ def load(
             reparametrize=reparametrize,
             device=device,
             verify=verify,
+            training=training,
         )
     if sink is not None and watch is not None:
         watch.report(sink)
@@ -367,6 +399,8 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
         reasons.append(f"{len(manifest.left_out)} tensors are not in it, which a strict load_state_dict asks for")
     if manifest.computed:
         reasons.append("computed tensors are among them, which a strict load_state_dict does not expect")
+    if manifest.training is not None:
+        reasons.append("training state is among its tensors, which a strict load_state_dict does not expect")
     if any(record.dtype == "complex128" for record in manifest.tensors.values()):
         reasons.append("complex128 tensors are stored as pairs of float64")
     return SaveReport(
@@ -383,4 +417,5 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
         ),
         needs_orthoserde=tuple(reasons),
         compact=manifest.compact,
+        training="" if manifest.training is None else str(manifest.training),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Protocol
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from orthoserde import tensor_bytes
+from orthoserde.errors import DamagedFileError
 from orthoserde.manifest import Manifest
 from orthoserde.side_by_side import GoOn, work_through
 
@@ -134,6 +135,42 @@ class Checkpoint:
             self.sources[kept].fill(tensor)
         return tensor
 
+    def read(self, keys: Iterable[str], *, verify: bool) -> dict[str, Tensor]:
+        """Read tensors into memory, large ones of a file several at a time.
+
+        Args:
+            keys: Stored keys.
+            verify: Whether they are held to their digests.
+
+        Raises:
+            DamagedFileError: One has another digest.
+        """
+        wanted = list(keys)
+
+        def fetch(key: str, go_on: GoOn) -> Tensor:
+            record = self.manifest.tensors[key]
+            tensor = tensor_bytes.empty_like_recorded(
+                record.shape, record.stride, tensor_bytes.DTYPES[record.dtype], "cpu"
+            )
+            digest = tensor_bytes.Digest()
+
+            def see(block: memoryview) -> None:
+                go_on()
+                if verify:
+                    digest.add(block)
+
+            self.sources[key].fill(tensor, see)
+            if verify and record.digest not in (None, str(digest)):
+                raise DamagedFileError(f"{self.origin}: {key} is damaged, or changed while it was read")
+            return tensor
+
+        def movable(key: str) -> int:
+            record = self.manifest.tensors[key]
+            plain = record.stride == tensor_bytes.contiguous_strides(record.shape)
+            return record.nbytes if plain and self.sources[key].any_thread else 0
+
+        return dict(zip(wanted, work_through(wanted, fetch, movable), strict=True))
+
     def damaged(self) -> list[str]:
         """Read every tensor that has a digest once; return the keys of those whose bytes are not what was saved.
 
@@ -165,6 +202,15 @@ class Checkpoint:
         """
         sources = {key[len(path) + 1 :]: source for key, source in self.sources.items()}
         return dataclasses.replace(self, manifest=self.manifest.below(path), sources=sources)
+
+    def without_training(self) -> Checkpoint:
+        """The same without training state."""
+        if self.manifest.training is None:
+            return self
+        own = set(self.manifest.training_keys)
+        tensors = {key: record for key, record in self.manifest.tensors.items() if key not in own}
+        manifest = dataclasses.replace(self.manifest, tensors=tensors, training=None)
+        return dataclasses.replace(self, manifest=manifest, sources={key: self.sources[key] for key in tensors})
 
     def snapshot(self) -> Checkpoint:
         """Copy every tensor into memory, so that the result no longer follows the model or needs the file."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from orthoserde import tensor_bytes
 from orthoserde.errors import FileFormatError
 from orthoserde.json_values import JSON
+from orthoserde.training_record import PREFIX, TrainingRecord
 
 #: The format version that this package writes, and the highest that it reads.
 FORMAT_VERSION = 1
@@ -166,6 +167,7 @@ class Manifest:
         left_out: Keys that the saved model had and a selection left out.
         metadata: The user's own strings.
         writer: Versions of the libraries that wrote it, by name.
+        training: Training state, whose tensors are among the stored ones; None where there is none.
         has_configuration: False for a file that some other library wrote: names, shapes and values are all it says.
     """
 
@@ -177,11 +179,17 @@ class Manifest:
     left_out: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
+    training: TrainingRecord | None = None
     has_configuration: bool = True
 
     def kept_key(self, key: str) -> str:
         """The key under which a tensor is stored, given that key or an alias."""
         return self.aliases.get(key, key)
+
+    @property
+    def training_keys(self) -> list[str]:
+        """Keys of the tensors that are training state."""
+        return [key for key in self.tensors if key.startswith(PREFIX)] if self.training is not None else []
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors or key in self.aliases
@@ -237,6 +245,8 @@ class Manifest:
             lines.append(f"  bases stored as columns: {len(self.compact)}")
         if self.aliases:
             lines.append(f"  tied and stored once: {len(self.aliases)}")
+        if self.training is not None:
+            lines.append(f"  training state: {self.training}")
         if self.left_out:
             lines.append(f"  left out when it was saved: {len(self.left_out)}")
         if not self.has_configuration:
@@ -281,8 +291,23 @@ def check_references(manifest: Manifest, where: str) -> None:
         problem = _odd_columns(record, manifest) if record.columns() else None
         if problem is not None:
             raise FileFormatError(f"{where}: {record.name}: {problem}")
+    _check_training(manifest, where)
     if len({record.path for record in manifest.modules}) != len(manifest.modules):
         raise FileFormatError(f"{where}: a module stands twice in the manifest")
+
+
+def _check_training(manifest: Manifest, where: str) -> None:
+    """Hold training state to the tensors that are stored for it."""
+    referred = Counter(() if manifest.training is None else manifest.training.keys(where))
+    for key, count in referred.items():
+        if key not in manifest.tensors or not key.startswith(PREFIX) or count > 1:
+            raise FileFormatError(f"{where}: training: expected the key of a tensor of its own, got {key!r}")
+    model_keys = {*manifest.aliases, *manifest.aliases.values(), *manifest.computed}
+    model_keys.update(key for record in manifest.parametrized for key in record.tensor_keys())
+    model_keys.update(manifest.tensors.keys() - referred.keys())
+    stray = next((key for key in sorted(model_keys) if key.startswith(PREFIX)), None)
+    if stray is not None:
+        raise FileFormatError(f"{where}: {stray!r} has the form of a key of training state, and is none")
 
 
 def _odd_columns(record: ParametrizedRecord, manifest: Manifest) -> str | None:

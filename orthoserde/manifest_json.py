@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from orthoserde import tensor_bytes
@@ -23,6 +23,7 @@ from orthoserde.manifest import (
     TensorRecord,
     check_references,
 )
+from orthoserde.training_record import GroupRecord, OptimizerRecord, StateRecord, TrainingRecord
 
 
 def encode_manifest(manifest: Manifest) -> JSON:
@@ -55,7 +56,7 @@ def encode_manifest(manifest: Manifest) -> JSON:
         ],
         "parametrized": [_encode_parametrized(record) for record in manifest.parametrized],
         "tensors": tensors,
-        "training": None,
+        "training": None if manifest.training is None else _encode_training(manifest.training),
         "version": FORMAT_VERSION,
         "writer": dict(manifest.writer),
     }
@@ -111,8 +112,7 @@ def decode_manifest(value: JSON, where: str) -> Manifest:
     digest = top.string("digest")
     if digest != tensor_bytes.DIGEST:
         raise top.newer(f"digest: the digest {digest[:64]!r}")
-    if top.take("training") is not None:
-        raise top.newer("training: training state")
+    training = top.take("training")
     tensors = {
         key: _decode_tensor(_Fields(item, where, f"tensors[{key!r}]")) for key, item in top.mapping("tensors").items()
     }
@@ -130,6 +130,7 @@ def decode_manifest(value: JSON, where: str) -> Manifest:
         left_out=top.string_list("left_out"),
         metadata=top.strings("metadata"),
         writer=top.strings("writer"),
+        training=None if training is None else _decode_training(_Fields(training, where, "manifest.training")),
     )
     top.finish()
     check_references(manifest, where)
@@ -210,6 +211,57 @@ def _decode_module(fields: _Fields) -> ModuleRecord:
     record = ModuleRecord(fields.string("path"), fields.string("kind"), fields.version(), config)
     fields.drop("config")
     fields.finish()
+    return record
+
+
+def _encode_training(training: TrainingRecord) -> JSON:
+    return {
+        "optimizers": {
+            label: {
+                "class": optimizer.class_name,
+                "groups": [
+                    {"options": group.options, "parameters": list(group.parameters)} for group in optimizer.groups
+                ],
+                "rest": optimizer.rest,
+                "state": dict(optimizer.state),
+            }
+            for label, optimizer in training.optimizers.items()
+        },
+        "rng": training.rng,
+        "state": {name: {"class": entry.class_name, "value": entry.value} for name, entry in training.state.items()},
+    }
+
+
+def _decode_training(fields: _Fields) -> TrainingRecord:
+    def inside(name: str) -> Iterator[tuple[str, _Fields]]:
+        for key, item in fields.mapping(name).items():
+            yield key, _Fields(item, fields.where, f"{fields.path}.{name}[{key!r}]")
+
+    optimizers = {label: _decode_optimizer(inner) for label, inner in inside("optimizers")}
+    state: dict[str, StateRecord] = {}
+    for name, inner in inside("state"):
+        class_name = None if inner.peek("class") is None else inner.string("class")
+        state[name] = StateRecord(class_name, inner.take("value"))
+        inner.drop("class")
+        inner.finish()
+    record = TrainingRecord(optimizers, state, fields.take("rng"))
+    fields.finish()
+    return record
+
+
+def _decode_optimizer(fields: _Fields) -> OptimizerRecord:
+    groups: list[GroupRecord] = []
+    for i, item in enumerate(fields.sequence("groups")):
+        inner = _Fields(item, fields.where, f"{fields.path}.groups[{i}]")
+        groups.append(GroupRecord(inner.string_list("parameters"), inner.take("options")))
+        inner.finish()
+    record = OptimizerRecord(fields.string("class"), tuple(groups), fields.mapping("state"), fields.take("rest"))
+    fields.finish()
+    names = [name for group in record.groups for name in group.parameters]
+    if len(set(names)) != len(names):
+        raise fields.error("groups", "each parameter in one place", "one in several")
+    if not record.state.keys() <= set(names):
+        raise fields.error("state", "state of its parameters", "state of another")
     return record
 
 

@@ -78,7 +78,8 @@ def _snapshot(module: nn.Module, bare: Tensor) -> Callable[[], None]:
     def undo() -> None:
         module.__class__ = cls
         restore_tables()
-        with torch.no_grad(), torch.inference_mode(bare.is_inference()):
+        # In this order: leaving inference mode turns gradients on again.
+        with torch.inference_mode(bare.is_inference()), torch.no_grad():
             bare.set_(memory)  # type: ignore[call-overload]
 
     return undo

@@ -44,6 +44,7 @@ class SaveReport:
         needs_orthoserde: Why ``model.load_state_dict(load_file(path))`` would not do without orthoserde; empty if it
             would.
         compact: Parametrized tensors whose base is stored as its first columns.
+        training: What training state was saved, in words; empty if none was.
     """
 
     path: str
@@ -56,12 +57,15 @@ class SaveReport:
     unconfigured: tuple[str, ...] = ()
     needs_orthoserde: tuple[str, ...] = ()
     compact: tuple[str, ...] = ()
+    training: str = ""
 
     def __str__(self) -> str:
         lines = [
             f"saved {self.path}: {self.tensors} tensors, {self.parametrized} weights parametrized, "
             f"{self.file_bytes} bytes"
         ]
+        if self.training:
+            lines.append(f"  training state: {self.training}")
         if self.compact:
             lines.append(f"  bases stored as columns: {len(self.compact)}")
         if self.aliases:
@@ -113,6 +117,7 @@ class LoadReport:
         fidelity: The worst over all tensors; no better than ``UNVERIFIED`` if any is missing.
         loaded: Number of tensors that were written or made.
         notes: What else the caller should know, one sentence each.
+        state: Plain values of the training state in the file, by name, such as a step that was counted.
     """
 
     path: str
@@ -122,6 +127,7 @@ class LoadReport:
     fidelity: Fidelity
     loaded: int = 0
     notes: tuple[str, ...] = ()
+    state: Mapping[str, object] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[list[str]]:
         yield self.missing_keys

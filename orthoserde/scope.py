@@ -3,7 +3,7 @@
 Note [Frozen]
 A parameter that requires no gradient is frozen. A buffer is not: running statistics, observers and averages move when a
 module runs in training mode, whether or not a gradient is asked for, and nothing says of a buffer that it never moves.
-The one exception is the base of torch's orthogonal parametrization, which belongs to its original.
+The one exception is the base of an orthogonal parametrization, or its columns, which belongs to its original.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from orthoserde import _torch
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.manifest import join
 from orthoserde.names import prefixes_in, prefixes_of
+from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.walk import Inventory, Slot, identity
 
@@ -89,7 +90,7 @@ def is_frozen(slot: Slot) -> bool:
     """Whether training leaves a tensor as it is; see Note [Frozen]."""
     if slot.parameter:
         return slot.tensor is None or not slot.tensor.requires_grad
-    return isinstance(slot.module, _torch.OrthogonalModule)
+    return isinstance(slot.module, (_torch.OrthogonalModule, Orthogonal))
 
 
 def is_below(key: str, paths: Iterable[str]) -> bool:

@@ -19,11 +19,12 @@ ROOT = Path(__file__).parent.parent
 SIGNATURES = {
     "build": "(path, *, device=None, registry=None)",
     "save": (
-        "(model, path, *, base='auto', include_weights=False, select=None, metadata=None, registry=None, debug=None)"
+        "(model, path, *, optimizer=None, state=None, rng=False, base='auto', include_weights=False, select=None, "
+        "metadata=None, registry=None, debug=None)"
     ),
     "load": (
-        "(model, path, *, strict=True, legacy='inference', reparametrize=True, device=None, verify=True, "
-        "registry=None, debug=None)"
+        "(model, path, *, strict=True, optimizer=None, state=None, rng=False, reset=(), legacy='inference', "
+        "reparametrize=True, device=None, verify=True, registry=None, debug=None)"
     ),
     "inspect": "(path)",
     "verify": "(path, *, registry=None)",

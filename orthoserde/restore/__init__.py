@@ -15,13 +15,14 @@ from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
-from orthoserde.reports import LoadReport, TensorReport, shorten
+from orthoserde.reports import Fidelity, LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
 from orthoserde.restore.check import check_bases, check_digests, check_ties
 from orthoserde.restore.forms import in_forms_of
 from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
+from orthoserde.training import NOTHING, Targets, plan_training
 from orthoserde.transforms import expand
 from orthoserde.walk import take_inventory
 
@@ -36,6 +37,7 @@ def restore(
     reparametrize: bool = True,
     device: torch.device | str | None = None,
     verify: bool = True,
+    training: Targets = NOTHING,
 ) -> LoadReport:
     """Load a checkpoint into a model, in place. The arguments are those of ``orthoserde.load``.
 
@@ -51,7 +53,7 @@ def restore(
         raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with _torch.undisturbed():
         inventory = take_inventory(model)
-        forms = in_forms_of(checkpoint, inventory, registry)
+        forms = in_forms_of(checkpoint.without_training(), inventory, registry)
         completed = complete_checkpoint(expand(forms.checkpoint), inventory, registry, legacy)
         plan = make_plan(
             completed.checkpoint.manifest,
@@ -64,6 +66,9 @@ def restore(
         )
         plan.problems[:0] = [*forms.problems, *completed.problems]
         forms.note(plan)
+        afresh = [outcome.name for outcome in plan.outcomes if outcome.fidelity is Fidelity.INFERENCE]
+        wanted = plan_training(checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
+        plan.problems += wanted.problems
         _refuse(checkpoint, model, plan, strict)
         if verify:
             check_digests(checkpoint)
@@ -73,8 +78,11 @@ def restore(
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
         _refuse(checkpoint, model, plan, strict)
         _warn(checkpoint, completed)
-        apply(completed.checkpoint, plan, completed.checkpoint.manifest.digests if verify else {})
+        wanted.read(checkpoint, verify=verify)
+        digests = completed.checkpoint.manifest.digests if verify else {}
+        apply(completed.checkpoint, plan, digests, wanted.apply)
         _settle(plan, registry)
+    wanted.finish()
     for outcome in plan.outcomes:
         if outcome.name in completed.weights:
             outcome.action = completed.weights[outcome.name].action
@@ -87,6 +95,7 @@ def restore(
         fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
         loaded=len(plan.writes) + len(plan.makes),
         notes=(*plan.notes, *_scope_notes(checkpoint), *checkpoint.notes),
+        state=wanted.values,
     )
 
 
@@ -115,6 +124,7 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
         ConfigError: The root is not registered, there or here, or its class does not take the configuration.
         IncompatibleModelError: The class makes a model that does not fit.
     """
+    checkpoint = checkpoint.without_training()
     if checkpoint.manifest.left_out:
         checkpoint = _adapter_alone(checkpoint)
     root = next((record for record in checkpoint.manifest.modules if record.path == ""), None)

@@ -13,8 +13,10 @@ from orthoserde.restore.plan import Make, Plan, Write
 from orthoserde.side_by_side import GoOn, work_through
 from orthoserde.tensor_bytes import DTYPES, Digest, empty_like_recorded, is_row_major_memory
 
+Undo = Callable[[], None]
 
-def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str]) -> None:
+
+def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str], before_writing: Callable[[], Undo]) -> None:
     """Load.
 
     New tensors are allocated and filled before the model changes. Then meta tensors are replaced and parametrizations
@@ -25,6 +27,8 @@ def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str]) -> Non
         checkpoint: What to load.
         plan: What goes where.
         digests: By stored key, the digests that bytes must have when they have been read.
+        before_writing: What else is loaded, when the model has its structure and before tensors are overwritten; it
+            returns what undoes it. What it raises is raised here, and the model is as it was.
 
     Raises:
         DamagedFileError: A new tensor has another digest; the model is as it was.
@@ -33,10 +37,16 @@ def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str]) -> Non
     """
     made = [(make, _allocate(checkpoint, make)) for make in plan.makes]
     _fill(checkpoint, digests, [(make.stored, tensor) for make, tensor in made])
-    _change_structure(plan, made)
+    restore_structure = _change_structure(plan, made)
+    try:
+        undo = before_writing()
+    except BaseException:
+        restore_structure()
+        raise
     try:
         _fill(checkpoint, digests, [(write.stored, write.target) for write in plan.writes], plan.sharing_memory)
     except BaseException as error:
+        undo()
         raise LoadInterruptedError(
             f"{checkpoint.origin}: loading stopped half-way ({type(error).__name__}: {error}): the model is partly "
             "written; load it again or discard it"
@@ -94,8 +104,14 @@ def _fill(
     work_through(targets, fill, movable)
 
 
-def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:
-    undo: list[Callable[[], None]] = []
+def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> Undo:
+    undo: list[Undo] = []
+
+    def restore_structure() -> None:
+        with _torch.without_weak_references(plan.holders):
+            for step in reversed(undo):
+                step()
+
     with _torch.without_weak_references(plan.holders):
         try:
             for make, tensor in made:
@@ -103,10 +119,10 @@ def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> None:
             for attachment in plan.attachments:
                 undo.append(attachment.attach())
         except BaseException as error:
-            for step in reversed(undo):
-                step()
+            restore_structure()
             if isinstance(error, Exception):
                 raise UnsupportedModuleError(
                     f"the model could not be changed, nothing was loaded: {type(error).__name__}: {error}"
                 ) from error
             raise
+    return restore_structure

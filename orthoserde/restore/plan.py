@@ -85,6 +85,7 @@ class Plan:
         notes: What else the caller should know.
         holders: Modules that may hold weak references to meta parameters, as RNNs do.
         kinds: Kinds of the model's registered modules by path.
+        parameters: The model's parameters by key, as they will be.
     """
 
     writes: list[Write] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     holders: list[nn.Module] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def sharing_memory(self) -> list[list[Write]]:

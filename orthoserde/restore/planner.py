@@ -417,6 +417,9 @@ class _Planner:
         return parameters and ours.tensor is not theirs.tensor and identity(ours.tensor) != identity(theirs.tensor)
 
     def collect_leftovers(self) -> None:
+        self.plan.parameters = {
+            key: slot.tensor for key, slot in self.slots.items() if slot.parameter and slot.tensor is not None
+        }
         # What looks like an alias in another library's metadata may be anything.
         aliases = self.manifest.aliases if self.manifest.has_configuration else ()
         everything = [*self.manifest.tensors, *aliases]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from orthoserde.manifest import (
     ParametrizedRecord,
     TensorRecord,
 )
+from orthoserde.training_record import GroupRecord, OptimizerRecord, StateRecord, TrainingRecord
 
 DTYPE_NAMES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
@@ -71,7 +73,7 @@ def tensors(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
 
 
 #: What a tensor may be called; only the container's own key is taken.
-tensor_names = st.text(max_size=8).filter(lambda name: name != "__metadata__")
+tensor_names = st.text(max_size=8).filter(lambda name: name != "__metadata__" and not name.startswith("."))
 
 
 def json_values(leaves: int = 12) -> st.SearchStrategy[JSON]:
@@ -129,7 +131,7 @@ def parametrized_records(draw: st.DrawFn) -> ParametrizedRecord:
     """A record of one parametrized tensor."""
     several = [f"original{i}" for i in range(draw(st.integers(1, 3)))]
     return ParametrizedRecord(
-        module=draw(st.text(max_size=6)),
+        module=draw(st.text(max_size=6).filter(lambda path: not path.startswith("."))),
         tensor_name=draw(st.text(min_size=1, max_size=6)),
         aliases=tuple(draw(st.lists(st.text(max_size=6), max_size=2))),
         shape=draw(st.none() | st.lists(sizes, max_size=4).map(tuple)),
@@ -147,6 +149,37 @@ module_records = st.builds(
 texts = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)
 
 
+TREES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.lists(inner, max_size=2).map(lambda items: {"tuple": items})
+        | st.dictionaries(st.text(max_size=4), inner, max_size=2).map(
+            lambda items: {"dict": [[key, value] for key, value in items.items()]}
+        )
+    ),
+    max_leaves=4,
+)
+
+
+@st.composite
+def training_records(draw: st.DrawFn, keys: list[str]) -> TrainingRecord:
+    """Training state that has these tensors."""
+    names = draw(st.lists(st.text(max_size=4), max_size=3, unique=True))
+    parts = names[:1], names[1:]
+    state: dict[str, JSON] = {name: draw(TREES) for name in names[:2]}
+    rest: JSON = [{"tensor": key} for key in keys]
+    optimizer = OptimizerRecord(
+        draw(st.text(max_size=4)), tuple(GroupRecord(tuple(part), draw(TREES)) for part in parts), state, rest
+    )
+    entries = st.builds(StateRecord, class_name=st.none() | st.text(max_size=4), value=TREES)
+    return TrainingRecord(
+        {draw(st.text(max_size=4)): optimizer},
+        draw(st.dictionaries(st.text(max_size=4), entries, max_size=2)),
+        draw(TREES),
+    )
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     """A manifest whose fields agree with each other."""
@@ -158,8 +191,14 @@ def manifests(draw: st.DrawFn) -> Manifest:
     if stored:
         names = tensor_names.filter(lambda name: name not in stored)
         aliases = draw(st.dictionaries(names, st.sampled_from(sorted(stored)), max_size=2))
+    own: dict[str, TensorRecord] = {}
+    training: TrainingRecord | None = None
+    if draw(st.booleans()):
+        own = {f".{name}": draw(tensor_records()) for name in draw(st.lists(st.text(max_size=6), max_size=2))}
+        training = draw(training_records(list(own)))
     return Manifest(
-        tensors=stored,
+        tensors={**stored, **own},
+        training=training,
         aliases=aliases,
         parametrized=tuple(parametrized),
         modules=tuple(draw(st.lists(module_records, max_size=2, unique_by=lambda record: record.path))),

@@ -1,0 +1,56 @@
+"""The user's own state: schedulers, scalers, generators, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from orthoserde.state_tree import encode_tree
+from orthoserde.training.optimizers import class_name
+from orthoserde.training.sources import Sources
+from orthoserde.training_record import StateRecord
+
+
+def is_object(value: object) -> bool:
+    """Whether a value keeps state of its own, as opposed to being state."""
+    methods = ("state_dict", "load_state_dict")
+    return isinstance(value, torch.Generator) or (
+        not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
+    )
+
+
+def state_of(value: Any) -> object:
+    """The state of an object, a tree."""
+    return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
+
+
+def set_state(value: Any, state: object) -> None:
+    """Give an object a state that :func:`state_of` returned."""
+    if isinstance(value, torch.Generator):
+        value.set_state(cast("torch.Tensor", state))
+    else:
+        value.load_state_dict(state)
+
+
+def records_of(state: Mapping[str, object], sources: Sources) -> dict[str, StateRecord]:
+    """Describe the user's own state.
+
+    Args:
+        state: Objects with ``state_dict`` and ``load_state_dict``, generators, and trees, by name.
+        sources: Takes its tensors.
+
+    Raises:
+        TypeError: It is no mapping of strings.
+        ConfigError: Something in it is no tree; the error says where.
+    """
+    given: object = state
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError("state: expected a mapping of names to objects and values")
+    records: dict[str, StateRecord] = {}
+    for name, value in state.items():
+        name_of_class = class_name(type(value)) if is_object(value) else None
+        tree = state_of(value) if is_object(value) else value
+        records[name] = StateRecord(name_of_class, encode_tree(tree, f"state.{name}", sources.put))
+    return records

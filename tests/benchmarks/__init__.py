@@ -1,1 +1,1 @@
-"""Measurements that are run by hand; pytest does not collect them."""
+"""Measurements that are run by hand; pytest collects what holds some of them to their word."""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 import numpy
 import torch
@@ -81,6 +81,7 @@ class Case:
         batch: Makes the model's arguments.
         optimizer: A key of ``OPTIMIZERS``.
         bare: Makes the model of the second process without parametrizations; with None it is built as the first was.
+        base: How the file stores bases, as ``orthoserde.save`` has it.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Case:
     batch: Callable[[torch.Generator], Batch]
     optimizer: str
     bare: Callable[[], nn.Module] | None = None
+    base: Literal["auto", "compact"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -364,7 +366,7 @@ def run_first(case: Case, folder: Path) -> Outcome:
     """Train, save, and train on without a break."""
     model, optimizer = start(case, FIRST_SEED)
     train(model, optimizer, case, range(STEPS_BEFORE))
-    orthoserde.save(model, folder / f"{case.name}.safetensors")
+    orthoserde.save(model, folder / f"{case.name}.safetensors", base=case.base)
     torch.save(optimizer.state_dict(), folder / f"{case.name}.optimizer")
     return _finish(model, optimizer, case)
 
@@ -390,13 +392,15 @@ def run_second(case: Case, folder: Path) -> Outcome:
     return outcome
 
 
-def run_all(run: Callable[[Case, Path], Outcome], folder: Path) -> dict[str, Outcome]:
-    """Run every case on one thread. What a case raises becomes its ``error``, which its own test reports."""
+def run_all(
+    run: Callable[[Case, Path], Outcome], folder: Path, table: Mapping[str, Case] = CASES, threads: int = 1
+) -> dict[str, Outcome]:
+    """Run every case of a table. What a case raises becomes its ``error``, which its own test reports."""
     outcomes: dict[str, Outcome] = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        for case in CASES.values():
+        for case in table.values():
             try:
                 outcomes[case.name] = run(case, folder)
             except Exception:
@@ -410,7 +414,7 @@ def run_all(run: Callable[[Case, Path], Outcome], folder: Path) -> dict[str, Out
                     fidelity="",
                 )
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
     return outcomes
 
 

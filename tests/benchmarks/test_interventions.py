@@ -1,0 +1,61 @@
+"""The benchmark of interventions writes the forms that it names, and loads what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import orthoserde
+from orthoserde.integrations.loreft import LoReFT
+from tests.benchmarks import bench_interventions
+from tests.benchmarks.bench_interventions import COMPACT, DENSE, FULL, LEGACY, LEGACY_SAFETENSORS, STATE_DICT, Settings
+
+N, K, LAYERS = 256, 4, 3
+
+#: Bytes of the tensors of one intervention: the rotation in float32, the source in bfloat16.
+SOURCE, WEIGHT, BASE = 2 * (K * N + K), 4 * N * K, 4 * N * N
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setitem(bench_interventions.VARIANTS, "small", lambda: LoReFT(N, K, dtype=torch.bfloat16))
+    return Settings(LAYERS, "small", 1, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_forms_hold_what_their_names_say(settings: Settings) -> None:
+    module = next(bench_interventions.interventions(bench_interventions.build(settings)))
+    state = bench_interventions.legacy(module)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()} == {
+        "rotate_layer": ((N, K), torch.float32),
+        "weight": ((K, N), torch.bfloat16),
+        "bias": ((K,), torch.bfloat16),
+    }
+    more = bench_interventions.full(module)
+    assert more.keys() - state.keys() == {"rotate_layer_original", "rotate_layer_base"}
+    assert sum(tensor.nbytes for tensor in more.values()) == SOURCE + 2 * WEIGHT + BASE
+
+
+def test_sizes_are_those_of_the_tensors_and_a_little_more(settings: Settings) -> None:
+    found = bench_interventions.child_forms(settings)
+    expected = {
+        LEGACY: SOURCE + WEIGHT,
+        LEGACY_SAFETENSORS: SOURCE + WEIGHT,
+        FULL: SOURCE + 2 * WEIGHT + BASE,
+        STATE_DICT: SOURCE + WEIGHT + BASE,
+        DENSE: SOURCE + WEIGHT + BASE,
+        COMPACT: SOURCE + 2 * WEIGHT,
+    }
+    assert found["bytes"].keys() == expected.keys()
+    for name, size in found["bytes"].items():
+        assert LAYERS * expected[name] < size < LAYERS * (expected[name] + 5000), name
+    assert all(len(times) == settings.repeat for times in found["times"].values())
+    assert len(found["times"]) == 4
+    assert len(orthoserde.inspect(settings.compact).compact) == LAYERS
+    assert orthoserde.inspect(settings.dense).compact == ()

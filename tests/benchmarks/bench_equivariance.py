@@ -1,18 +1,17 @@
 """How far apart two runs go that differ in the completion of the base alone.
 
 Both begin with the same weight, one in torch's random base, the other in the canonical one, and take the same steps of
-the same optimizer. What ``python -m tests.benchmarks.bench_equivariance`` prints is the largest difference between their
-weights after the last step; it takes two minutes.
+the same optimizer. ``python -m tests.benchmarks.bench_equivariance`` prints the largest difference between their
+weights after the last step, and takes two minutes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adam, Optimizer
 
@@ -52,9 +51,9 @@ def apart(shape: tuple[int, int], orthogonal_map: str, dtype: torch.dtype, optim
         moving = OPTIMIZERS[optimizer](model.parameters(), orthogonal_map)
         for _ in range(STEPS):
             moving.zero_grad()
-            (cast("Tensor", model.weight) - target).square().sum().backward()  # type: ignore[no-untyped-call]
+            (model.weight - target).square().sum().backward()
             moving.step()
-    return float((cast("Tensor", layer.weight) - cast("Tensor", other.weight)).detach().abs().max())
+    return float((layer.weight - other.weight).detach().abs().max())
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Bytes and seconds of an orthogonal layer: its computed weight alone, with a dense base, and with a compact one.
+"""Bytes of an orthogonal layer in each form that a file can have, and the seconds of saves and loads.
 
 Run it on a machine that does nothing else: ``python -m tests.benchmarks.bench_sizes``. It needs 3 GiB of memory and
-1 GiB of disk; ``--small`` leaves out the largest layer.
+1 GiB of disk; ``--small`` leaves out the largest layer. Every form is written to safetensors, whatever its authors use,
+so that what differs is what is in it. ``tests.benchmarks.plot_sizes`` draws the sizes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ import orthoserde
 
 SIZES = ((768, 4), (4096, 4), (4096, 8), (8192, 16))
 
+#: Forms by what a table calls them.
+LEGACY = "computed weight alone"
+PR_179 = "and original and base (PR #179)"
+STATE_DICT = "torch state dict"
+DENSE = "orthoserde, dense"
+COMPACT = "orthoserde, compact"
+STRUCTURED = "orthoserde, structured"
+
 
 def seconds(action: Callable[[], object], repeat: int = 3) -> str:
     """The median of some runs."""
@@ -41,14 +50,37 @@ def row(*cells: str) -> None:
     print("|", " | ".join(cells), "|", flush=True)
 
 
+def file_sizes(folder: Path, layer: nn.Module, structured: nn.Module) -> dict[str, int]:
+    """Bytes of the file of each form, as the file system has them; the files are left in the folder.
+
+    Args:
+        folder: Where they are written.
+        layer: An ``nn.Linear`` with torch's parametrization and a canonical base.
+        structured: One of the same shape in the structured form.
+    """
+    path = folder / "state"
+    with torch.no_grad():
+        state = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
+        weight = torch.as_tensor(layer.weight)
+    sizes: dict[str, int] = {}
+    for form, tensors in {
+        LEGACY: {"weight": weight, "bias": state["bias"]},
+        PR_179: {"weight": weight, **state},
+        STATE_DICT: state,
+    }.items():
+        save_file(tensors, path)
+        sizes[form] = path.stat().st_size
+    orthoserde.save(layer, folder / "dense", base="dense")
+    orthoserde.save(layer, folder / "compact", base="compact")
+    orthoserde.save(structured, folder / "structured")
+    names = {DENSE: "dense", COMPACT: "compact", STRUCTURED: "structured"}
+    return sizes | {form: (folder / name).stat().st_size for form, name in names.items()}
+
+
 def measure(folder: Path, n: int, k: int) -> tuple[list[str], list[str]]:
     """A row of bytes and one of seconds."""
     layer = orthoserde.orthogonal(nn.Linear(k, n))
-    with torch.no_grad():
-        save_file({"weight": torch.as_tensor(layer.weight), "bias": torch.as_tensor(layer.bias)}, folder / "weight")
-    dense = orthoserde.save(layer, folder / "dense", base="dense")
-    compact = orthoserde.save(layer, folder / "compact", base="compact")
-    sizes = [(folder / "weight").stat().st_size, dense.file_bytes, compact.file_bytes]
+    sizes = file_sizes(folder, layer, orthoserde.orthogonal(nn.Linear(k, n), structured=True))
     other = orthoserde.orthogonal(nn.Linear(k, n))
     times = [
         seconds(lambda: parametrizations.orthogonal(nn.Linear(k, n)), 1),
@@ -59,8 +91,8 @@ def measure(folder: Path, n: int, k: int) -> tuple[list[str], list[str]]:
         seconds(lambda: orthoserde.load(other, folder / "compact")),
     ]
     name = f"{n} x {k}"
-    ratio = f"{dense.file_bytes / compact.file_bytes:.0f}"
-    return [name, *(f"{size:,}" for size in sizes), ratio], [name, *times]
+    ratio = f"{sizes[DENSE] / sizes[COMPACT]:.0f}"
+    return [name, *(f"{size:,}" for size in sizes.values()), ratio], [name, *times]
 
 
 def main() -> None:
@@ -76,8 +108,8 @@ def main() -> None:
     print(f"load of the machine before: {os.getloadavg()[0]:.2f}\n", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rows = [measure(Path(folder), n, k) for n, k in SIZES[: -1 if arguments.small else None]]
-    row("layer", "computed weight alone, bytes", "dense base, bytes", "compact base, bytes", "dense / compact")
-    row(*["---"] * 5)
+    row("layer", LEGACY, PR_179, STATE_DICT, DENSE, COMPACT, STRUCTURED, "dense / compact")
+    row(*["---"] * 8)
     for sizes, _ in rows:
         row(*sizes)
     print()

@@ -293,6 +293,23 @@ class AtLeastFloat32(nn.Module):
         return super()._apply(cast_no_further, recurse)  # type: ignore[no-untyped-call]
 
 
+class NoticesCasts(nn.Module):
+    """A module that is told when a cast or a move (``to``, ``double``, ``to_empty``) may have changed its tensors."""
+
+    def after_cast(self) -> None:
+        """Called with the new tensors in place."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.after_cast()
+        return result
+
+
+def changes_of(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place; None for one made in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def remove_hooks(module: nn.Module, mine: Callable[[object], bool]) -> None:
     """Take the forward hooks and forward pre-hooks of which ``mine`` is true off this very module.
 

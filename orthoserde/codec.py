@@ -77,9 +77,6 @@ class Codec(Protocol):
             ConfigError: The weight alone does not determine such a state.
         """
 
-    def settle(self, parametrization: nn.Module) -> None:
-        """Bring up to date what follows from its tensors, after these have been written, and is in no checkpoint."""
-
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """Bring the configuration of an older version up to :attr:`version`.
 

@@ -23,7 +23,7 @@ to 0.1 off, next to I or -I, or of unit vectors: 0.74 of it in float32 and compl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -62,31 +62,41 @@ def complete(columns: Tensor) -> Tensor:
         if n > k:
             if columns.device.type == "meta":
                 return base
-            for index in product(*(range(size) for size in batch)):
+            for index in matrices(batch):
                 completion = Completion(columns[index])
                 for part in row_parts(0, n, n - k):
                     base[index][part, k:] = completion.rows(part).to(base.device)
     return base
 
 
-def signs(columns: Tensor) -> Tensor:
-    """What the reflectors of orthonormal columns make of them: ``H_1 ... H_k`` has the columns ``W s`` first.
+def reflectors(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The Householder reflectors of orthonormal columns, as ``H_1 ... H_k = I - V T V^H``.
+
+    Of that product U(W) is the last n - k columns, and the first k are those of W with some signs.
 
     Args:
         columns: W, shape ``(..., n, k)`` with ``n >= k`` and orthonormal columns; float32, float64 or complex.
 
     Returns:
-        s, shape ``(..., k)``, of W's dtype and device: 1 and -1, or complex numbers of size 1. The bits are the same
-        everywhere, see Note [Same bits everywhere].
+        V, shape ``(..., n, k)``, lower triangular, and T, shape ``(..., k, k)``, upper triangular; of W's dtype and
+        device, computed in float64 in some ``n k k`` single operations. The bits are the same everywhere, see
+        Note [Same bits everywhere].
     """
-    *batch, _, k = columns.shape
-    with torch.no_grad():
-        found = torch.empty(*batch, k, dtype=columns.dtype, device=columns.device)
+    *batch, n, k = columns.shape
+    with torch.inference_mode(False), torch.no_grad():
+        vectors = torch.zeros(*batch, n, k, dtype=columns.dtype, device=columns.device)
+        factors = torch.zeros(*batch, k, k, dtype=columns.dtype, device=columns.device)
         if columns.device.type != "meta":
-            for index in product(*(range(size) for size in batch)):
-                _, phases = _reflectors(_planes(columns[index].detach().cpu()))
-                found[index] = -_tensor(phases.conj(), columns.dtype).to(found.device)
-    return found
+            for index in matrices(batch):
+                found = _reflectors(_planes(columns[index].detach().cpu()))
+                vectors[index] = _tensor(found, columns.dtype).to(columns.device)
+                factors[index] = _tensor(_triangular(found), columns.dtype).to(columns.device)
+    return vectors, factors
+
+
+def matrices(batch: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Indices of all matrices in a batch of this shape; one, ``()``, where there is no batch."""
+    return product(*(range(size) for size in batch))
 
 
 class Completion:
@@ -103,7 +113,7 @@ class Completion:
         columns = columns.detach().cpu()
         self._dtype = columns.dtype
         self._n, self._k = n, k = columns.size(0), columns.size(1)
-        self._vectors, _ = _reflectors(_planes(columns))
+        self._vectors = _reflectors(_planes(columns))
         factor = _triangular(self._vectors)
         tail = self._vectors[k:].conj()
         # M = T V[k:]^H, summed in the order of the reflectors.
@@ -225,13 +235,13 @@ def row_parts(start: int, stop: int, length: int) -> Iterator[slice]:
         yield slice(first, min(first + step, stop))
 
 
-def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
-    """Householder vectors of a matrix, and the phases of its heads, of which R has the opposites on its diagonal.
+def _reflectors(work: _Planes) -> _Planes:
+    """Householder vectors of a matrix.
 
     Each vector v is scaled to ``v^H v = 2``, so that its reflector is ``I - v v^H``.
     """
     n, k = work.real.shape
-    vectors, phases = work.zeros(n, k), work.zeros(k)
+    vectors = work.zeros(n, k)
     for j in range(k):
         column = work[j:, j]
         head, norm = column[0], _sqrt(column.squared_norm())
@@ -240,7 +250,6 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
         phase = _Planes(torch.ones_like(size), None if head.imag is None else torch.zeros_like(size))
         if float(size) > 0:
             phase = _Planes(head.real / size, None if head.imag is None else head.imag / size)
-        phases.put((j,), phase)
         vectors.put((slice(j, n), j), column)
         vectors.put((j, j), head + phase.scaled(norm))
         vector = vectors[j:, j, None]
@@ -251,7 +260,7 @@ def _reflectors(work: _Planes) -> tuple[_Planes, _Planes]:
         for part in row_parts(j + 1, k, n - j):
             rest = work[j:, part]
             rest -= vector * (vector.conj() * rest).sum()[None, :]
-    return vectors, phases
+    return vectors
 
 
 def _triangular(vectors: _Planes) -> _Planes:

@@ -118,9 +118,6 @@ class RegisteredClass:
         """
         raise ConfigError(f"{self.kind}: its state cannot be recovered from the computed weight")
 
-    def settle(self, parametrization: nn.Module) -> None:
-        """Nothing: what a user's class works out from its tensors is not known."""
-
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """What the class's own ``upgrade(config, from_version)`` returns.
 

@@ -79,6 +79,8 @@ class Registry:
         """
         cls, kind = codec.type, codec.kind
         _check_kind(kind)
+        if not isinstance(codec, Codec):
+            raise RegistrationError(f"{kind!r}: {type(codec).__qualname__} does not have all that a Codec has")
         if type(codec.version) is not int or codec.version < 1:
             raise RegistrationError(f"{kind!r}: expected a version from 1, got {codec.version!r}")
         candidate: object = cls

@@ -13,18 +13,17 @@ of a column of X; the result does not depend on it, so it has no gradient. House
 ``T^-1 = triu(V^H V, 1) + diag(V^H V) / 2``.
 
 Note [Thin bases]
-Let ``[W | U(W)]`` be the canonical base and s the signs of :func:`orthoserde.completion.signs`. The reflectors of W
-multiply to ``Q = I - V T V^H`` with the first columns ``W s``, so ``B = W s - E = -V T V1^H`` has all that is needed of
-them: ``Q = I + B B1^-H B^H`` on vectors whose first k rows are zero, B1 the first k rows of B. Hence, with
-``B1^H Y = s^H W2^H bottom``,
+The canonical base ``[W | U(W)]`` has U(W) from the reflectors of W, ``I - V T V^H``, so that
 
-    [W | U(W)] @ [top; bottom] = W (top + s Y) + [-Y; bottom].
+    [W | U(W)] @ [top; bottom] = W top + [0; bottom] - V T V2^H bottom,
 
-The signs were chosen so that every pivot of B1 is at least 1, so this k x k system can be solved.
+V2 being V without its first k rows. V and T are kept beside W. (They follow from W by a k x k system too: with the
+signs s of the product's first columns, ``W s - E = -V T V1^H``. Every pivot of that system is at least 1, and yet it
+can be as badly conditioned as one likes, which would magnify the rounding of W.)
 
 Note [Double where it is small]
-Matrices of k x k and 2k x 2k are computed in double precision: they cost nothing beside those of n x k, and they are
-where rounding would be amplified.
+Matrices of k x k and 2k x 2k are computed in double precision, sums over n rows among them: they cost little beside
+those of n x k, and they are where rounding would be amplified.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def householder(original: Tensor) -> Halves:
     """
     head, tail = _split(original.tril(-1))
     head = _wide(head) + torch.eye(head.size(-1), dtype=_wide(head).dtype, device=head.device)
-    gram = head.mT @ head + _wide(tail.mT @ tail)
+    gram = head.mT @ head + _gram(tail)
     inverse = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
     factor = torch.linalg.solve_triangular(inverse, head.mT, upper=True)
     # As torch has it: no gradient goes through the signs, and what is not a whole number is cut off.
@@ -104,28 +103,22 @@ THIN_MAPS: Mapping[str, Callable[[Tensor], Halves]] = {
 }
 
 
-def in_base(columns: Tensor, signs: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
+def in_base(columns: Tensor, vectors: Tensor, factor: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
     """``[W | U(W)] @ [top; bottom]``, the canonical base times a matrix; see Note [Thin bases].
 
     Args:
         columns: W, shape ``(..., n, k)`` with ``n >= k``, without gradient.
-        signs: Of ``orthoserde.completion.signs(columns)``, shape ``(..., k)``.
+        vectors: V of ``orthoserde.completion.reflectors(columns)``, shape ``(..., n, k)``.
+        factor: T, shape ``(..., k, k)``.
         top: Shape ``(..., k, k)``.
         bottom: Shape ``(..., n - k, k)``.
 
     Returns:
         Shape ``(..., n, k)``.
     """
-    if bottom.size(-2) == 0:
-        return columns @ top
-    head, tail = _split(columns)
-    factors = _wide(signs)
-    identity = torch.eye(head.size(-1), dtype=factors.dtype, device=head.device)
-    overlap = factors.conj()[..., :, None] * _wide(tail.mH @ bottom)
-    solved: Tensor = torch.linalg.solve((_wide(head) * factors[..., None, :] - identity).mH, overlap)
-    inner = (_wide(top) + factors[..., :, None] * solved).to(columns.dtype)
-    added: Tensor = torch.cat([-solved.to(columns.dtype), bottom], dim=-2)
-    return columns @ inner + added
+    overlap = factor @ (_split(vectors)[1].mH @ bottom)
+    below: Tensor = torch.cat([torch.zeros_like(top), bottom], dim=-2)
+    return columns @ top + (below - vectors @ overlap)
 
 
 def _of_skew(original: Tensor, columns: Callable[[Tensor, int], Tensor]) -> Halves:
@@ -134,12 +127,12 @@ def _of_skew(original: Tensor, columns: Callable[[Tensor, int], Tensor]) -> Halv
     head, tail = _split(original.tril(-1))
     if original.is_complex():  # the real part of the diagonal has no say, and must not have rounding for a gradient
         head = head + torch.diag_embed(1j * original.diagonal(dim1=-2, dim2=-1).imag)
-    if n <= 2 * k:
+    if n <= 2 * k or k == 0:
         lower = torch.cat([head, tail], dim=-2)
         square = torch.cat([lower, lower.new_zeros(*lower.shape[:-1], n - k)], dim=-1)
         return _split(columns(square - square.mH, k))
     wide = _wide(head)
-    gram = wide.mH @ wide + _wide(tail.mH @ tail)
+    gram = wide.mH @ wide + _gram(tail)
     with torch.no_grad():
         scale = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1).sqrt().clamp(min=1.0)[..., None, None]
     identity = torch.eye(k, dtype=wide.dtype, device=wide.device)
@@ -154,6 +147,11 @@ def _split(matrix: Tensor) -> Halves:
     """The square at the top, and what is below."""
     k = matrix.size(-1)
     return matrix[..., :k, :], matrix[..., k:, :]
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    wide = _wide(matrix)
+    return wide.mH @ wide
 
 
 def _wide(matrix: Tensor) -> Tensor:

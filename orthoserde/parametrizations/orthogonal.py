@@ -151,9 +151,6 @@ class OrthogonalCodec:
             inverse = cast("Callable[[Tensor], Tensor]", self.build(config, weight).right_inverse)
             return {"original": inverse(weight)}
 
-    def settle(self, parametrization: nn.Module) -> None:
-        """Nothing follows from the state."""
-
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """There is one version."""
         raise ConfigError(f"{self.kind}: no version {from_version} is known")

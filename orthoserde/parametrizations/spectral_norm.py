@@ -176,9 +176,6 @@ class SpectralNormCodec:
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, 0], float(sigma[0]), right[0].conj()
 
-    def settle(self, parametrization: nn.Module) -> None:
-        """Nothing follows from the state."""
-
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """There is one version."""
         raise ConfigError(f"{self.kind}: no version {from_version} is known")

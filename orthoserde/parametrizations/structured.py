@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.completion import signs
+from orthoserde.completion import reflectors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import STRUCTURED
@@ -18,7 +18,7 @@ from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 from orthoserde.thin_maps import THIN_MAPS, in_base
 
 
-class Orthogonal(nn.Module):
+class Orthogonal(_torch.NoticesCasts):
     """Orthogonal and unitary matrices as torch's ``orthogonal`` has them, without an n x n matrix.
 
     Torch computes ``weight = base @ map(original)``, the base being n x n for the longer side n of the weight. Here the
@@ -26,8 +26,9 @@ class Orthogonal(nn.Module):
     for rounding, in ``O(n k k)`` time and ``O(n k)`` memory for the shorter side k. It stays in the dtype of
     ``original`` under autocast: half precision would take it off the constraint.
 
-    What follows from the columns, ``signs``, is worked out when they come by assignment to the weight, by
-    ``orthoserde.load`` or by ``load_state_dict``. Whoever writes ``columns`` otherwise calls :meth:`settle`.
+    What follows from the columns, their Householder reflectors, is worked out when columns come by registration,
+    assignment to the weight, ``orthoserde.load`` or ``load_state_dict``, and before a forward that finds others.
+    Compiled code does not look: whoever writes ``columns`` of a compiled module by other means calls :meth:`settle`.
 
     Args:
         shape: Shape of the weight, ``(..., n, k)``; the longer of the last two sides counts as n.
@@ -35,7 +36,8 @@ class Orthogonal(nn.Module):
 
     Attributes:
         columns: Buffer of shape ``(..., n, k)``, the first columns of the base; None until they are known.
-        signs: Buffer of shape ``(..., k)`` that no checkpoint has; None until it is worked out.
+        vectors: Buffer of shape ``(..., n, k)``, of the reflectors of the columns; in no checkpoint.
+        factor: Buffer of shape ``(..., k, k)``, likewise.
 
     Raises:
         ValueError: The shape has fewer than two dimensions, or there is no such map.
@@ -44,7 +46,8 @@ class Orthogonal(nn.Module):
     """
 
     columns: Tensor | None
-    signs: Tensor | None
+    vectors: Tensor | None
+    factor: Tensor | None
 
     def __init__(self, shape: Sequence[int], orthogonal_map: str) -> None:
         super().__init__()
@@ -55,13 +58,35 @@ class Orthogonal(nn.Module):
         self.shape = torch.Size(shape)
         self.orthogonal_map = orthogonal_map
         self.register_buffer("columns", None)
-        self.register_buffer("signs", None, persistent=False)
+        self.register_buffer("vectors", None, persistent=False)
+        self.register_buffer("factor", None, persistent=False)
+        #: The columns of which the reflectors are known, and how often these had been changed then.
+        self._settled: tuple[Tensor, int | None] | None = None
         self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call]
 
+    @property
+    def _is_square(self) -> bool:
+        """Whether the base is its columns, so that there is nothing to work out."""
+        return self.shape[-1] == self.shape[-2]
+
     def settle(self) -> None:
-        """Work out what follows from ``columns``, after these have been written."""
-        known = self.columns is not None and self.columns.device.type != "meta"
-        self.signs = signs(cast("Tensor", self.columns)) if known else None
+        """Work out what follows from ``columns``, after these have been written: some ``n k k`` single operations."""
+        columns = self.columns
+        self._settled = self.vectors = self.factor = None
+        if columns is not None and columns.device.type != "meta":
+            if not self._is_square:
+                self.vectors, self.factor = reflectors(columns)
+            self._settled = (columns, _torch.changes_of(columns))
+
+    @property
+    def _is_settled(self) -> bool:
+        known = self._settled
+        return known is not None and known[0] is self.columns and known[1] == _torch.changes_of(known[0])
+
+    def after_cast(self) -> None:
+        """Work them out anew for columns that a cast or move has made; a module without any yet waits for them."""
+        if self._settled is not None and not self._is_settled:
+            self.settle()
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight.
@@ -75,19 +100,24 @@ class Orthogonal(nn.Module):
         Raises:
             RuntimeError: There are no columns yet, or ``original`` has another dtype.
         """
-        if self.columns is None:
+        columns = self.columns
+        if columns is None:
             raise RuntimeError("an orthogonal parametrization without columns; load its state first")
-        if original.dtype != self.columns.dtype or dtype_name(original.dtype) not in ORTHONORMAL_DTYPES:
+        if original.dtype != columns.dtype or dtype_name(original.dtype) not in ORTHONORMAL_DTYPES:
             raise RuntimeError(
-                f"original: expected {self.columns.dtype} as its columns are, float32 or better, got {original.dtype}; "
+                f"original: expected {columns.dtype} as its columns are, float32 or better, got {original.dtype}; "
                 "keep the module in full precision and use autocast"
             )
-        if self.signs is None:
+        if not torch.compiler.is_compiling() and not self._is_settled:
             self.settle()
-        known = self.columns[..., 0, :] if self.signs is None else self.signs  # on the meta device shapes will do
         with _torch.without_autocast(original.device.type):
             top, bottom = THIN_MAPS[self.orthogonal_map](tall(original))
-            weight = in_base(self.columns, known, top, bottom)
+            if self._is_square:
+                weight = columns @ top
+            else:
+                # On the meta device there are none, and shapes will do.
+                known = None if self.vectors is None or self.factor is None else (self.vectors, self.factor)
+                weight = in_base(columns, *(known or reflectors(columns)), top, bottom)
         return weight.mT if original.size(-2) < original.size(-1) else weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -100,10 +130,13 @@ class Orthogonal(nn.Module):
             The initial value of ``original``, -I.
 
         Raises:
-            ValueError: The weight has another shape.
+            ValueError: The weight has another shape, or another dtype than the columns.
         """
-        if weight.shape != self.shape:
-            raise ValueError(f"weight: expected {tuple(self.shape)}, got {tuple(weight.shape)}")
+        dtype = weight.dtype if self.columns is None else self.columns.dtype
+        if weight.shape != self.shape or weight.dtype != dtype:
+            raise ValueError(
+                f"weight: expected {dtype} of shape {tuple(self.shape)}, got {weight.dtype} of {tuple(weight.shape)}"
+            )
         with torch.no_grad(), _torch.plain_arithmetic():
             self.columns = orthonormal(tall(weight.detach())).clone(memory_format=torch.contiguous_format)
             self.settle()
@@ -184,7 +217,3 @@ class StructuredCodec(OrthogonalCodec):
         """State of which ``weight`` is the computed tensor, bit for bit: its columns, ``original`` at -I."""
         columns = tall(weight).clone(memory_format=torch.contiguous_format)
         return {"original": initial_original(weight.contiguous()), "columns": columns}
-
-    def settle(self, parametrization: nn.Module) -> None:
-        """Work out the signs."""
-        cast("Orthogonal", parametrization).settle()

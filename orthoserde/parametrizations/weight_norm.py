@@ -98,9 +98,6 @@ class WeightNormCodec:
             direction = torch.where(norm == 0, torch.ones_like(weight), weight)
         return {"original0": norm, "original1": direction}
 
-    def settle(self, parametrization: nn.Module) -> None:
-        """Nothing follows from the state."""
-
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """There is one version."""
         raise ConfigError(f"{self.kind}: no version {from_version} is known")

@@ -38,6 +38,7 @@ def canonicalize_(
         optimizer: All optimizers that train the model, one or several; ``False`` if there is none. It has to be given
             once training has begun. Its state may only be that of ``torch.optim.SGD`` itself: Adam and its kin keep
             numbers for each coordinate, which mean nothing in others. State that is empty or zero is never in the way.
+            What an optimizer keeps elsewhere, or does with coordinates without keeping any, is not seen.
         reset_state: Whether state that cannot go along is removed instead, so that the optimizer starts afresh, for
             these tensors alone.
 

@@ -103,7 +103,10 @@ def states_of(name: str, original: Tensor, turn: Turn, optimizers: Iterable[Opti
         if not obstacle:
             momentum = state[MOMENTUM]
             if isinstance(momentum, Tensor) and turn.turned(momentum) is not None:
-                found.turning[f"{MOMENTUM} of {cls}"] = momentum
+                label, number = f"{MOMENTUM} of {cls}", 2
+                while label in found.turning:
+                    label, number = f"{MOMENTUM} of {cls} ({number})", number + 1
+                found.turning[label] = momentum
         elif reset:
             found.resets.append(Reset(optimizer, original, f"{_entries(state)} of {cls}"))
         else:

@@ -13,7 +13,7 @@ from orthoserde import _torch
 from orthoserde.checkpoint import LiveTensor
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.json_values import JSON
-from orthoserde.parametrizations.orthogonal import OrthogonalCodec
+from orthoserde.parametrizations.orthogonal import OrthogonalCodec, initial_original
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.rechart.turn import misfit, turning
 from orthoserde.reports import ChartReport
@@ -61,9 +61,7 @@ class Chart:
     @property
     def at_start(self) -> bool:
         """Whether ``original`` has its initial value, at which all charts are the same."""
-        start = torch.zeros_like(self.original)
-        start.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
-        return torch.equal(self.original.detach(), start)
+        return torch.equal(self.original.detach(), initial_original(self.original.detach()))
 
     @property
     def gradient(self) -> Tensor | None:

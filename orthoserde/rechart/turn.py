@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from orthoserde.completion import Completion
+from orthoserde.completion import Completion, matrices
 from orthoserde.parametrizations.orthogonal import MEAN_ROUNDING, tall
 from orthoserde.tensor_bytes import BLOCK_BYTES
 from orthoserde.transforms.columns import admitted
@@ -38,7 +37,7 @@ class Turn:
 
     def __init__(self, base: Tensor, k: int) -> None:
         self._base, self._k = base.detach(), k
-        self.completions = {index: Completion(self._base[index][:, :k]) for index in matrices(base)}
+        self.completions = {index: Completion(self._base[index][:, :k]) for index in matrices(base.shape[:-2])}
 
     def turned(self, tensor: Tensor) -> Tensor | None:
         """The part of a tensor that turns (see :func:`turning`), in the canonical chart.
@@ -80,18 +79,13 @@ def misfit(base: Tensor, k: int) -> str | None:
     n = base.size(-1)
     eps = torch.finfo(base.dtype).eps
     signs = torch.randint(2, (n, PROBES), generator=torch.Generator("cpu").manual_seed(0), device="cpu") * 2.0 - 1.0
-    for index in matrices(base):
+    for index in matrices(base.shape[:-2]):
         error = (_adjoint_times(base[index], _times(base[index], signs)) - signs).abs()
         mean = math.sqrt(float(error.square().sum()) / PROBES) / n
         # In this form a NaN is refused too.
         if not (mean <= MEAN_ROUNDING * eps and float(error.max()) <= FAR_OUT * MEAN_ROUNDING * eps * math.sqrt(n)):
             return f"its base is not orthonormal (an entry of Q^H Q - I is {mean:.2g} in the mean)"
     return None
-
-
-def matrices(batch: Tensor) -> Iterator[tuple[int, ...]]:
-    """Indices of the matrices in a batch."""
-    return product(*(range(size) for size in batch.shape[:-2]))
 
 
 def _times(matrix: Tensor, right: Tensor) -> Tensor:

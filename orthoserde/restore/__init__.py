@@ -13,7 +13,7 @@ from orthoserde import _torch, evaluate
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
-from orthoserde.parametrizations import codec_for_type
+from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity, LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
@@ -53,7 +53,7 @@ def restore(
         raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with _torch.undisturbed():
         inventory = take_inventory(model)
-        forms = in_forms_of(checkpoint.without_training(), inventory, registry)
+        forms = in_forms_of(checkpoint.without_training(), inventory, registry, verify=verify)
         completed = complete_checkpoint(expand(forms.checkpoint), inventory, registry, legacy)
         plan = make_plan(
             completed.checkpoint.manifest,
@@ -81,7 +81,7 @@ def restore(
         wanted.read(checkpoint, verify=verify)
         digests = completed.checkpoint.manifest.digests if verify else {}
         apply(completed.checkpoint, plan, digests, wanted.apply)
-        _settle(plan, registry)
+        _settle(plan)
     wanted.finish()
     for outcome in plan.outcomes:
         if outcome.name in completed.weights:
@@ -99,14 +99,13 @@ def restore(
     )
 
 
-def _settle(plan: Plan, registry: Registry) -> None:
-    """Let parametrizations work out what follows from the state that they have got."""
+def _settle(plan: Plan) -> None:
+    """Let structured parametrizations work out what follows from their columns, which compiled code would not."""
     for outcome in plan.outcomes:
         chain = _torch.parametrization_lists(outcome.module)[outcome.tensor_name]
         for link in map(_torch.unwrap, _torch.child_modules(chain).values()):
-            codec = codec_for_type(registry, _torch.class_before_parametrizations(link))
-            if codec is not None:
-                codec.settle(link)
+            if isinstance(link, Orthogonal):
+                link.settle()
 
 
 def _scope_notes(checkpoint: Checkpoint) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -120,9 +120,12 @@ def _compare_config(
     if theirs is None or ours is None:
         side = "file" if theirs is None else "model"
         return Verdict((), Fidelity.UNVERIFIED, (f"the {side} does not know the configuration of its {kind}",))
+    # In which form state is kept is no difference: it is brought into that of the model, or the load says why not.
+    forms: Collection[str] = getattr(codec.type, "config_forms", ())
     problems = tuple(
         Problem(where, "mismatch", f"{kind}: {place} is {_shown(theirs_)} in the file, {_shown(ours_)} in the model")
         for place, theirs_, ours_ in differences(theirs, ours)
+        if place.rpartition(".")[2] not in forms
     )
     return Verdict(problems, Fidelity.EXACT)
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
-from orthoserde.completion import Completion, row_parts
+from orthoserde.completion import Completion, matrices, row_parts
 from orthoserde.errors import DamagedFileError, Problem
 from orthoserde.manifest import TensorRecord
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
@@ -130,7 +129,7 @@ def first_columns(source: TensorSource, shape: Sequence[int], dtype: torch.dtype
         return source.tensor.detach()[..., :k]
     columns = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     rows_of = _reader(source, n, dtype)
-    for index in _matrices(columns):
+    for index in matrices(columns.shape[:-2]):
         for part in row_parts(0, n, n):
             columns[index][part] = rows_of(index, part)[:, :k]
     return columns
@@ -162,7 +161,7 @@ def _completed(columns: Tensor, block_bytes: int = BLOCK_BYTES) -> Iterator[tupl
     """The completed columns, block by block of rows, in row-major order; see Note [Rows at a time]."""
     n, k = columns.shape[-2:]
     step = max(1, block_bytes // (n * columns.element_size()))
-    for index in _matrices(columns):
+    for index in matrices(columns.shape[:-2]):
         completion = Completion(columns[index])
         for start in range(0, n, step):
             block = slice(start, min(start + step, n))
@@ -171,10 +170,6 @@ def _completed(columns: Tensor, block_bytes: int = BLOCK_BYTES) -> Iterator[tupl
             for part in row_parts(start, block.stop, n - k):
                 rows[part.start - start : part.stop - start, k:] = completion.rows(part)
             yield index, block, rows
-
-
-def _matrices(columns: Tensor) -> Iterator[tuple[int, ...]]:
-    return product(*(range(size) for size in columns.shape[:-2]))
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -132,6 +132,25 @@ def test_with_callable_positions_it_is_saved_and_loaded_but_not_built(tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("structured", [True, False])
+def test_either_form_of_the_rotations_loads_into_the_other(structured: bool, tmp_path: Path) -> None:
+    def make(structured: bool, seed: int) -> Adapter:
+        torch.manual_seed(seed)
+        return Adapter({path: strong(LoReFT(WIDTH, 2, structured=structured)) for path in LAYERS[:2]}, "l1")
+
+    adapter, other = make(structured, 1), make(not structured, 2)
+    orthoserde.save(adapter, tmp_path / "a")
+    report = orthoserde.load(other, tmp_path / "a")
+    assert report.fidelity is orthoserde.Fidelity.UNVERIFIED
+    for path, loreft in adapter.layers.items():
+        torch.testing.assert_close(other.layers[path].rotate_layer.weight, loreft.rotate_layer.weight)
+    built = orthoserde.build(tmp_path / "a")
+    assert isinstance(built, Adapter)
+    assert built.get_config() == adapter.get_config()
+    for path, loreft in adapter.layers.items():
+        assert torch.equal(built.layers[path].rotate_layer.weight, loreft.rotate_layer.weight)
+
+
 CHANGES: dict[str, Any] = {
     "positions": lambda: Adapter(interventions(), "l2"),
     "activation": lambda: Adapter(

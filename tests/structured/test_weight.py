@@ -220,10 +220,10 @@ def test_copies_and_pickles_are_whole() -> None:
     for other in (copy.deepcopy(link(module)), pickle.loads(pickle.dumps(link(module)))):
         assert same_bits(other(module.get_parameter(ORIGINAL)), weight_of(module))
         fresh = make((12, 4), moved=0, seed=3)
-        assert not torch.equal(link(fresh).get_buffer("signs"), other.get_buffer("signs"))
+        assert not torch.equal(link(fresh).get_buffer("factor"), other.get_buffer("factor"))
         other.load_state_dict({"columns": orthonormal((12, 4), seed=3)})
         # The hook that works them out has come along.
-        assert torch.equal(other.get_buffer("signs"), link(fresh).get_buffer("signs"))
+        assert torch.equal(other.get_buffer("factor"), link(fresh).get_buffer("factor"))
 
 
 def test_a_cast_to_double_goes_along() -> None:
@@ -378,3 +378,103 @@ def test_columns_full_of_zeros_and_equal_numbers(orthogonal_map: str, n: int) ->
 
 def test_every_map_of_torch_has_a_thin_form() -> None:
     assert set(THIN_MAPS) == set(_torch.ORTHOGONAL_MAPS)
+
+
+def treacherous(k: int, n: int) -> Tensor:
+    """Columns whose reflectors nearly repeat each other, so that systems made of their first rows cannot be solved."""
+    product = torch.eye(n, dtype=torch.float64)
+    for j in range(k):
+        vector = torch.zeros(n, dtype=torch.float64)
+        vector[j], vector[j + 1 : k], vector[k:] = 1.02, -1.0, -0.1
+        vector[j + 1 :] *= (1 - 0.02**2) ** 0.5 / vector[j + 1 :].norm()
+        product = product - 2 * torch.outer(product @ vector, vector) / vector.dot(vector)
+    return -product[:, :k]
+
+
+@pytest.mark.parametrize("k", [8, 16, 32, 64])
+@pytest.mark.parametrize("orthogonal_map", MAPS)
+def test_columns_that_are_hard_to_complete_are_completed_all_the_same(orthogonal_map: str, k: int) -> None:
+    ours, theirs = (
+        orthoserde.orthogonal(
+            Holder(treacherous(k, 2 * k).float()), orthogonal_map=orthogonal_map, structured=structured
+        )
+        for structured in (True, False)
+    )
+    for module in (ours, theirs):
+        move(module, 0.3)
+    torch.testing.assert_close(weight_of(ours), weight_of(theirs), rtol=0, atol=3e-5)
+    assert residual(weight_of(ours)) < 1e-5
+    probe = torch.randn(2 * k, k)
+    gradients = flow(ours, probe), flow(theirs, probe)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-3 * float(gradients[1].abs().max()))
+
+
+# Columns that are written behind the module's back
+
+
+def test_columns_that_are_copied_in_place_are_noticed() -> None:
+    """As averages of models are made by hand."""
+    average, module = make((12, 4), seed=1), make((12, 4), seed=2)
+    _ = average.weight
+    for mine, theirs in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
+        mine.copy_(theirs)
+    assert same_bits(weight_of(average), weight_of(module))
+
+
+def test_columns_of_a_functional_call_are_noticed() -> None:
+    one, other = (orthoserde.orthogonal(nn.Linear(12, 4), structured=True) for _ in range(2))
+    for seed, module in enumerate((one, other)):
+        move(module, 0.3, seed)
+    batch = torch.randn(2, 12)
+    assert same_bits(torch.func.functional_call(one, other.state_dict(), batch), other(batch))
+    assert not torch.equal(one(batch), other(batch))
+    for _ in range(5):  # whose tensors may come to lie where others were
+        state = {key: value.clone() for key, value in other.state_dict().items()}
+        assert same_bits(torch.func.functional_call(one, state, batch), other(batch))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_cast_there_and_back_leaves_nothing_stale(seed: int) -> None:
+    module = make((12, 6), seed=seed)
+    module.bfloat16().float()
+    other = make((12, 6), seed=seed + 9)
+    other.load_state_dict(module.state_dict())
+    assert same_bits(weight_of(module), weight_of(other))
+
+
+def test_a_cast_to_more_precision_makes_it_of_the_columns() -> None:
+    module = make((12, 4), "cayley", torch.complex64)
+    with pytest.warns(UserWarning, match="Complex modules are a new feature"):
+        module.to(torch.complex128)
+    other = make((12, 4), "cayley", torch.complex128, seed=3)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(weight_of(module), weight_of(other))
+
+
+def test_a_move_that_moves_nothing_works_nothing_out() -> None:
+    module = make((12, 4))
+    before = link(module).get_buffer("vectors")
+    module.to("cpu").float()
+    assert link(module).get_buffer("vectors") is before
+
+
+def test_what_is_worked_out_in_inference_mode_can_be_trained() -> None:
+    module, state = make((12, 4)), make((12, 4), seed=3).state_dict()
+    with torch.inference_mode():
+        module.load_state_dict(state)
+        module.weight  # noqa: B018
+    weight_of(module).square().sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_weight_without_columns_of_its_own_is_empty() -> None:
+    for orthogonal_map in MAPS:
+        module = orthoserde.orthogonal(Holder(torch.empty(4, 0)), orthogonal_map=orthogonal_map, structured=True)
+        assert weight_of(module).shape == (4, 0)
+
+
+def test_a_weight_of_another_dtype_is_refused_and_changes_nothing() -> None:
+    module = make((12, 4))
+    before = weight_of(module)
+    with pytest.raises(ValueError, match=r"expected torch\.float32 of shape \(12, 4\), got torch\.float64"):
+        module.weight = torch.randn(12, 4, dtype=torch.float64)
+    assert same_bits(weight_of(module), before)

@@ -8,7 +8,7 @@ import difflib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -79,6 +79,8 @@ class Adapter(nn.Module):
     Source: Wu et al. 2024, arXiv 2404.03592, sections 3.2 and 4; ``generate`` in pyvene/models/intervenable_base.py,
     0.1.8.
     """
+
+    config_forms: ClassVar = LoReFT.config_forms
 
     def __init__(self, layers: Mapping[str, LoReFT], positions: Positions = "f1+l1") -> None:
         super().__init__()

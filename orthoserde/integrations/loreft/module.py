@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,9 @@ class LoReFT(nn.Module):
 
     Source: Wu et al. 2024, arXiv 2404.03592, equation 1; ``LoreftIntervention`` in pyreft/interventions.py, 0.1.0.
     """
+
+    #: Entries of the configuration that say in which form its state is kept; files of either form load into the other.
+    config_forms: ClassVar = frozenset({"structured"})
 
     def __init__(
         self,

@@ -38,11 +38,6 @@ HIDDEN_SIZE, RANK = 4096, 4
 #: Registrations by torch that are timed, each beside one by orthoserde: one takes seconds, and all are alike.
 REGISTERED = 4
 
-#: Interventions that are measured, by name: what another way to keep a base in memory would be added to.
-VARIANTS: dict[str, Callable[[], LoReFT]] = {
-    "dense": lambda: LoReFT(HIDDEN_SIZE, RANK, dtype=torch.bfloat16),
-}
-
 LEGACY = "computed weights, one torch.save for each, as pyreft 0.1.0"
 LEGACY_SAFETENSORS = "computed weights, one safetensors file"
 FULL = "with original and base, one torch.save for each, as pyreft pull request 179"
@@ -50,16 +45,21 @@ STATE_DICT = "torch.save of the state dict"
 DENSE = "orthoserde, base dense"
 COMPACT = "orthoserde, base compact"
 
+STRUCTURED = "orthoserde, structured form"
+
+#: Tasks of a child that only builds the model.
+NOTHING, NOTHING_STRUCTURED = "nothing", "nothing, structured"
+
 SAVE_DENSE, SAVE_COMPACT = 'save(base="dense")', 'save(base="compact")'
 LOAD_DENSE, LOAD_COMPACT = "load of dense bases", "load of compact bases"
+SAVE_STRUCTURED, LOAD_STRUCTURED = "save, structured form", "load, structured form"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a child is told: interventions, their variant, repetitions, and the folder for its files."""
+    """What a child is told: interventions, repetitions, and the folder for its files."""
 
     layers: int
-    variant: str
     repeat: int
     folder: Path
 
@@ -73,11 +73,17 @@ class Settings:
         """The file with compact bases."""
         return self.folder / "compact.safetensors"
 
+    @property
+    def structured(self) -> Path:
+        """The file of the structured form."""
+        return self.folder / "structured.safetensors"
 
-def build(settings: Settings) -> nn.ModuleList:
+
+def build(settings: Settings, *, structured: bool = False) -> nn.ModuleList:
     """The interventions: rotations in float32, sources in bfloat16."""
     torch.manual_seed(0)
-    return nn.ModuleList(VARIANTS[settings.variant]() for _ in range(settings.layers))
+    each = functools.partial(LoReFT, HIDDEN_SIZE, RANK, dtype=torch.bfloat16, structured=structured)
+    return nn.ModuleList(each() for _ in range(settings.layers))
 
 
 def interventions(model: nn.Module) -> Iterator[LoReFT]:
@@ -132,6 +138,7 @@ def sizes(settings: Settings, model: nn.Module) -> dict[str, int]:
         STATE_DICT: bytes_of(path, lambda path: torch.save(model.state_dict(), path)),
         DENSE: orthoserde.save(model, settings.dense, base="dense").file_bytes,
         COMPACT: orthoserde.save(model, settings.compact, base="compact").file_bytes,
+        STRUCTURED: orthoserde.save(build(settings, structured=True), settings.structured).file_bytes,
     }
 
 
@@ -155,6 +162,14 @@ def loading(settings: Settings, model: nn.Module) -> dict[str, Action]:
     }
 
 
+def structured_actions(settings: Settings, model: nn.Module) -> dict[str, Action]:
+    """A save of the structured form to a new file, and a load of it."""
+    return {
+        SAVE_STRUCTURED: lambda: orthoserde.save(model, settings.folder / "saved.safetensors"),
+        LOAD_STRUCTURED: lambda: orthoserde.load(model, settings.structured),
+    }
+
+
 def checksums(model: nn.Module) -> list[int]:
     """The sum of the bits of each tensor's elements, as integers."""
     integers = {2: torch.int16, 4: torch.int32}
@@ -171,7 +186,9 @@ def child_forms(settings: Settings) -> dict[str, Any]:
         target.unlink(missing_ok=True)
         os.sync()
 
-    taken = interleaved(saving(settings, model), settings.repeat, nothing_to_replace)
+    thin = structured_actions(settings, build(settings, structured=True))
+    saves = saving(settings, model) | {SAVE_STRUCTURED: thin[SAVE_STRUCTURED]}
+    taken = interleaved(saves, settings.repeat, nothing_to_replace)
     nothing_to_replace()
 
     def nothing_left() -> None:
@@ -184,7 +201,8 @@ def child_forms(settings: Settings) -> dict[str, Any]:
         action()
         if checksums(model) != before:
             raise AssertionError(f"{name}: other values than were saved")
-    taken |= interleaved(loading(settings, model), settings.repeat, nothing_left)
+    loads = loading(settings, model) | {LOAD_STRUCTURED: thin[LOAD_STRUCTURED]}
+    taken |= interleaved(loads, settings.repeat, nothing_left)
     return found | {"times": taken}
 
 
@@ -196,10 +214,11 @@ def child_registrations(settings: Settings) -> dict[str, list[float]]:
         nn.init.orthogonal_(made.weight)
         return made
 
-    layers = [layer() for _ in range(2 * (REGISTERED + 1))]
+    layers = [layer() for _ in range(3 * (REGISTERED + 1))]
     single: dict[str, Action] = {
         "torch": lambda: parametrizations.orthogonal(layers.pop()),
         "orthoserde": lambda: orthoserde.orthogonal(layers.pop()),
+        "structured": lambda: orthoserde.orthogonal(layers.pop(), structured=True),
     }
     taken = interleaved(single, REGISTERED, lambda: None)
     together = [layer() for _ in range(settings.layers)]
@@ -208,8 +227,10 @@ def child_registrations(settings: Settings) -> dict[str, list[float]]:
 
 def child_peak(settings: Settings, operation: str) -> int:
     """Peak resident bytes of a process that builds the interventions and does one thing."""
-    model = build(settings)
-    kept = (saving(settings, model) | loading(settings, model)).get(operation, lambda: None)()
+    structured = operation in (SAVE_STRUCTURED, LOAD_STRUCTURED, NOTHING_STRUCTURED)
+    model = build(settings, structured=structured)
+    actions = structured_actions(settings, model) if structured else saving(settings, model) | loading(settings, model)
+    kept = actions.get(operation, lambda: None)()
     del kept
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -217,7 +238,7 @@ def child_peak(settings: Settings, operation: str) -> int:
 
 def in_child(settings: Settings, *task: str) -> Any:
     """Run a task in a new process; return what it prints."""
-    arguments = ["--layers", str(settings.layers), "--variant", settings.variant]
+    arguments = ["--layers", str(settings.layers)]
     arguments += ["--repeat", str(settings.repeat), "--folder", str(settings.folder)]
     return json.loads(output_of("-m", "tests.benchmarks.bench_interventions", *arguments, "--child", *task))
 
@@ -234,19 +255,22 @@ def report(settings: Settings) -> None:
     print(f"file system: {file_system(settings.folder)}")
     print(f"load of the machine before: {os.getloadavg()[0]:.2f}")
     shape = f"{HIDDEN_SIZE} x {RANK}"
-    print(
-        f"{settings.layers} interventions of {shape} ({settings.variant}); repetitions: {settings.repeat}\n", flush=True
-    )
+    print(f"{settings.layers} interventions of {shape}; repetitions: {settings.repeat}\n", flush=True)
 
     forms = in_child(settings, "forms")
     report_bytes(cast("dict[str, int]", forms["bytes"]))
-    nothing = int(in_child(settings, "peak", "nothing"))
+    beside = {name: int(in_child(settings, "peak", name)) for name in (NOTHING, NOTHING_STRUCTURED)}
+    print(
+        f"peak memory with the model: {beside[NOTHING] / MIB:.0f} MiB, structured {beside[NOTHING_STRUCTURED] / MIB:.0f}\n"
+    )
     row("operation", "median, s", "range, s", "peak memory beyond the model, MiB")
     row(*["---"] * 4)
     for name, times in forms["times"].items():
+        nothing = beside[NOTHING_STRUCTURED if name in (SAVE_STRUCTURED, LOAD_STRUCTURED) else NOTHING]
         peak = round((int(in_child(settings, "peak", name)) - nothing) / MIB)
         row(name, f"{statistics.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}", str(peak))
-    for dense, compact in ((SAVE_DENSE, SAVE_COMPACT), (LOAD_DENSE, LOAD_COMPACT)):
+    pairs = ((SAVE_DENSE, SAVE_COMPACT), (LOAD_DENSE, LOAD_COMPACT))
+    for dense, compact in (*pairs, (SAVE_DENSE, SAVE_STRUCTURED), (LOAD_DENSE, LOAD_STRUCTURED)):
         ratio = statistics.median(forms["times"][compact]) / statistics.median(forms["times"][dense])
         print(f"{compact} / {dense}: {ratio:.2f}")
     print()
@@ -267,7 +291,7 @@ def report_registrations(settings: Settings, taken: dict[str, list[float]]) -> N
     """Print what registrations took."""
     row("registration of one rotation", "median, s", "range, s", "timed")
     row(*["---"] * 4)
-    for name in ("torch", "orthoserde"):
+    for name in ("torch", "orthoserde", "structured"):
         times = taken[name]
         row(name, f"{statistics.median(times):.3f}", f"{min(times):.3f} to {max(times):.3f}", str(len(times)))
     print(f"torch / orthoserde: {statistics.median(taken['torch']) / statistics.median(taken['orthoserde']):.1f}")
@@ -278,16 +302,15 @@ def main() -> None:
     """Read the arguments; report, or do one task of the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=64, help="interventions")
-    parser.add_argument("--variant", choices=VARIANTS, default="dense", help="how a base is kept in memory")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each save and load")
     parser.add_argument("--folder", type=Path, default=None, help="where files are written; a temporary folder inside")
     parser.add_argument("--child", nargs="+", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            report(Settings(arguments.layers, arguments.variant, arguments.repeat, Path(folder)))
+            report(Settings(arguments.layers, arguments.repeat, Path(folder)))
         return
-    settings = Settings(arguments.layers, arguments.variant, arguments.repeat, arguments.folder)
+    settings = Settings(arguments.layers, arguments.repeat, arguments.folder)
     task, *rest = arguments.child
     if task == "peak":
         print(json.dumps(child_peak(settings, *rest)))

@@ -8,9 +8,17 @@ import pytest
 import torch
 
 import orthoserde
-from orthoserde.integrations.loreft import LoReFT
 from tests.benchmarks import bench_interventions
-from tests.benchmarks.bench_interventions import COMPACT, DENSE, FULL, LEGACY, LEGACY_SAFETENSORS, STATE_DICT, Settings
+from tests.benchmarks.bench_interventions import (
+    COMPACT,
+    DENSE,
+    FULL,
+    LEGACY,
+    LEGACY_SAFETENSORS,
+    STATE_DICT,
+    STRUCTURED,
+    Settings,
+)
 
 N, K, LAYERS = 256, 4, 3
 
@@ -20,8 +28,9 @@ SOURCE, WEIGHT, BASE = 2 * (K * N + K), 4 * N * K, 4 * N * N
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setitem(bench_interventions.VARIANTS, "small", lambda: LoReFT(N, K, dtype=torch.bfloat16))
-    return Settings(LAYERS, "small", 1, tmp_path)
+    monkeypatch.setattr(bench_interventions, "HIDDEN_SIZE", N)
+    monkeypatch.setattr(bench_interventions, "RANK", K)
+    return Settings(LAYERS, 1, tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +60,12 @@ def test_sizes_are_those_of_the_tensors_and_a_little_more(settings: Settings) ->
         STATE_DICT: SOURCE + WEIGHT + BASE,
         DENSE: SOURCE + WEIGHT + BASE,
         COMPACT: SOURCE + 2 * WEIGHT,
+        STRUCTURED: SOURCE + 2 * WEIGHT,
     }
     assert found["bytes"].keys() == expected.keys()
     for name, size in found["bytes"].items():
         assert LAYERS * expected[name] < size < LAYERS * (expected[name] + 5000), name
     assert all(len(times) == settings.repeat for times in found["times"].values())
-    assert len(found["times"]) == 4
+    assert len(found["times"]) == 6
     assert len(orthoserde.inspect(settings.compact).compact) == LAYERS
     assert orthoserde.inspect(settings.dense).compact == ()

@@ -71,7 +71,7 @@ def orthogonal(
     if chosen not in _torch.ORTHOGONAL_MAPS:
         raise ValueError(f"orthogonal_map: expected one of {', '.join(_torch.ORTHOGONAL_MAPS)}, got {chosen!r}")
     if chosen == "householder" and weight.is_complex():
-        raise ValueError("orthogonal_map: householder takes no complex tensors; use matrix_exp or cayley")
+        raise ValueError("orthogonal_map: householder does not support complex tensors; use matrix_exp or cayley")
     if structured and not use_trivialization:
         raise ValueError("structured: it is the base that is not made then, and use_trivialization=False has none")
     square = weight.size(-2) == weight.size(-1)

@@ -126,7 +126,8 @@ def _of_skew(original: Tensor, columns: Callable[[Tensor, int], Tensor]) -> Halv
     n, k = original.shape[-2:]
     head, tail = _split(original.tril(-1))
     if original.is_complex():  # the real part of the diagonal has no say, and must not have rounding for a gradient
-        head = head + torch.diag_embed(1j * original.diagonal(dim1=-2, dim2=-1).imag)
+        imaginary = original.diagonal(dim1=-2, dim2=-1).imag
+        head = head + torch.diag_embed(torch.complex(torch.zeros_like(imaginary), imaginary))
     if n <= 2 * k or k == 0:
         lower = torch.cat([head, tail], dim=-2)
         square = torch.cat([lower, lower.new_zeros(*lower.shape[:-1], n - k)], dim=-1)

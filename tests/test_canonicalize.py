@@ -753,6 +753,7 @@ def test_coordinates_are_those_in_the_columns_of_the_completion(dtype: torch.dty
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")  # torch 2.3 says so
 def test_lazy_modules_elsewhere_are_not_in_the_way() -> None:
     model = nn.Sequential(move_(torch_model((9, 4), "householder")), nn.LazyLinear(3))
     assert orthoserde.canonicalize_(model, optimizer=False).canonicalized == ("0.weight",)

@@ -108,7 +108,9 @@ class Orthogonal(_torch.NoticesCasts):
                 f"original: expected {columns.dtype} as its columns are, float32 or better, got {original.dtype}; "
                 "keep the module in full precision and use autocast"
             )
-        if not torch.compiler.is_compiling() and not self._is_settled:
+        # Nor is there anything to see in tensors that a compiler traces with.
+        traced = torch.compiler.is_compiling() or _torch.overrides_dispatch(columns)
+        if not traced and not self._is_settled:
             self.settle()
         with _torch.without_autocast(original.device.type):
             top, bottom = THIN_MAPS[self.orthogonal_map](tall(original))

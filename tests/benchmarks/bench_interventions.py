@@ -260,9 +260,11 @@ def report(settings: Settings) -> None:
     forms = in_child(settings, "forms")
     report_bytes(cast("dict[str, int]", forms["bytes"]))
     beside = {name: int(in_child(settings, "peak", name)) for name in (NOTHING, NOTHING_STRUCTURED)}
-    print(
-        f"peak memory with the model: {beside[NOTHING] / MIB:.0f} MiB, structured {beside[NOTHING_STRUCTURED] / MIB:.0f}\n"
-    )
+    row("form of the model", "peak memory of a process that builds it, MiB")
+    row(*["---"] * 2)
+    for name, peak in (("torch's", beside[NOTHING]), ("structured", beside[NOTHING_STRUCTURED])):
+        row(name, f"{peak / MIB:.0f}")
+    print()
     row("operation", "median, s", "range, s", "peak memory beyond the model, MiB")
     row(*["---"] * 4)
     for name, times in forms["times"].items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -248,10 +249,10 @@ def test_columns_that_are_tied_stay_in_their_form(tmp_path: Path) -> None:
 
 def test_a_computed_weight_starts_it_afresh(tmp_path: Path) -> None:
     weight = orthonormal((12, 4), seed=3)
-    torch.save({"weight": weight}, tmp_path / "m.pt")
+    save_file({"weight": weight}, tmp_path / "m")
     module = make((12, 4), seed=5)
     with pytest.warns(orthoserde.LegacyCheckpointWarning):
-        assert orthoserde.load(module, tmp_path / "m.pt").fidelity is Fidelity.INFERENCE
+        assert orthoserde.load(module, tmp_path / "m").fidelity is Fidelity.INFERENCE
     assert torch.equal(weight_of(module), weight)
     assert same_bits(module.get_buffer(COLUMNS), weight)
     assert torch.equal(reflectors_of(module), reflectors_of(make((12, 4), seed=3)))
@@ -259,9 +260,9 @@ def test_a_computed_weight_starts_it_afresh(tmp_path: Path) -> None:
 
 def test_a_state_dict_of_torch_is_read(tmp_path: Path) -> None:
     module = make((12, 4))
-    torch.save(module.state_dict(), tmp_path / "m.pt")
+    save_file(module.state_dict(), tmp_path / "m")
     other = make((12, 4), seed=5)
-    assert resumed(tmp_path / "m.pt", other).fidelity is Fidelity.UNVERIFIED
+    assert resumed(tmp_path / "m", other).fidelity is Fidelity.UNVERIFIED
     assert same_bits(weight_of(other), weight_of(module))
 
 

@@ -108,7 +108,7 @@ def test_what_has_no_say_gets_a_gradient_of_exactly_zero(
         return
     gradient = flow(make(shape, orthogonal_map, dtype, moved=0.3), torch.randn(shape, dtype=dtype))
     tall = gradient.mT if shape[-2] < shape[-1] else gradient
-    assert not tall.triu(1).any()
+    assert (tall.triu(1) == 0).all()
     diagonal = tall.diagonal(dim1=-2, dim2=-1)
     assert not (diagonal.real if dtype.is_complex else diagonal).any()
 
@@ -184,20 +184,24 @@ def test_under_autocast_the_weight_stays_orthonormal(orthogonal_map: str) -> Non
 @pytest.mark.parametrize("shape", [(24, 4), (4, 24)], ids=str)
 @pytest.mark.parametrize("orthogonal_map", MAPS)
 def test_torch_compile_computes_the_same(orthogonal_map: str, shape: tuple[int, ...]) -> None:
-    module = make(shape, orthogonal_map)
+    module = orthoserde.orthogonal(
+        nn.Linear(shape[1], shape[0], bias=False), orthogonal_map=orthogonal_map, structured=True
+    )
+    move(module, 0.3)
     plain = flow(module, torch.ones(shape)).clone()
     module.zero_grad()
     torch.compiler.reset()
     # aot_eager traces forward and backward and decomposes both, and needs no C++ compiler.
-    compiled = torch.compile(lambda: weight_of(module), backend="aot_eager", fullgraph=True)
-    weight = compiled()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    weight = compiled(torch.eye(shape[1])).mT
     torch.testing.assert_close(weight, weight_of(module), rtol=0, atol=tolerance(torch.float32))
-    weight.square().sum().backward()  # type: ignore[no-untyped-call]
+    weight.square().sum().backward()
     gradient = module.get_parameter(ORIGINAL).grad
     assert gradient is not None
     torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch 2.3 has no batching rule for matrix_exp
 @pytest.mark.parametrize("orthogonal_map", MAPS)
 def test_vmap_and_functional_calls_work(orthogonal_map: str) -> None:
     module = make((12, 4), orthogonal_map)

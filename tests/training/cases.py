@@ -63,7 +63,6 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adam": functools.partial(torch.optim.Adam, lr=1e-2),
     "amsgrad": functools.partial(torch.optim.Adam, lr=1e-2, amsgrad=True),
     "adamw-foreach": functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0, foreach=True),
-    "adamw-fused": functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0, fused=True),
     "adadelta": functools.partial(torch.optim.Adadelta, lr=1.0),
     "adagrad": functools.partial(torch.optim.Adagrad, lr=1e-2),
     "adamax": functools.partial(torch.optim.Adamax, lr=1e-2),
@@ -76,6 +75,8 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "tensor-lr": lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(1e-2), foreach=False),
     "own": Lion,
 }
+if torch.__version__ >= "2.4":  # fused on the CPU
+    OPTIMIZERS["adamw-fused"] = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0, fused=True)
 if hasattr(torch.optim, "Adafactor"):  # torch 2.5
     OPTIMIZERS["adafactor"] = functools.partial(torch.optim.Adafactor, lr=1e-2)
 

@@ -43,6 +43,7 @@ FLOORS = {
     "metrics": 3,
     "restore": 3,
     "api": 4,
+    "folder": 5,
     "__init__": 5,
     "cli": 6,
     "__main__": 6,
@@ -74,6 +75,7 @@ SIDEWAYS = {
     ("transforms", "parametrizations"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),
+    ("__init__", "folder"),
     ("__main__", "cli"),
 }
 

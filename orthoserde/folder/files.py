@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from orthoserde import storage
 from orthoserde.errors import FileAccessError, FileFormatError
-from orthoserde.folder.record import Mode, Record, has_metric, is_better, name_of, record_in, step_in
+from orthoserde.folder.record import Mode, Record, name_of, rank, record_in, step_in
 
 #: What tells whether a file is still the one that was read.
 Identity = tuple[int, int, int, int, int]
@@ -159,11 +159,8 @@ class Files:
 
 def best_of(entries: Iterable[Entry], mode: Mode) -> Entry | None:
     """The entry with the best metric, the later one of equals; None where none has a metric."""
-    best: Entry | None = None
-    for entry in entries:
-        if has_metric(entry.record) and (best is None or is_better(entry.record, best.record, mode)):
-            best = entry
-    return best
+    ranks = {ranked: entry for entry in entries if (ranked := rank(entry.record, mode)) is not None}
+    return ranks[max(ranks)] if ranks else None
 
 
 def superfluous(entries: Iterable[Entry], keep: int, mode: Mode) -> list[Entry]:

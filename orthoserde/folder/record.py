@@ -116,13 +116,11 @@ def record_in(manifest: Manifest, where: str) -> Record | None:
         raise FileFormatError(f"{where}: metric: expected a number, got {metric!r:.32}") from error
 
 
-def is_better(one: Record, other: Record, mode: Mode) -> bool:
-    """Whether the metric of one is better than that of the other; neither is None or NaN. Of equals, the later is."""
-    if one.metric is None or other.metric is None:
-        raise ValueError("only metrics can be compared")
-    if one.metric == other.metric:
-        return one.step > other.step
-    return (one.metric < other.metric) == (mode == "min")
+def rank(record: Record, mode: Mode) -> tuple[float, int] | None:
+    """What is greater for the better of two records, and for the later of equals; None without a metric, or with NaN."""
+    if record.metric is None or math.isnan(record.metric):
+        return None
+    return (record.metric if mode == "max" else -record.metric, record.step)
 
 
 def checked_step(step: SupportsIndex) -> int:
@@ -156,7 +154,7 @@ def checked_metric(metric: SupportsFloat | None) -> float | None:
         raise ConfigError(f"metric: expected a number: {error}") from error
 
 
-def checked_prefix(prefix: str) -> str:
+def checked_prefix(prefix: object) -> str:
     """A prefix, if names of files can begin with it.
 
     Raises:
@@ -189,8 +187,3 @@ def checked_mode(mode: Mode) -> Mode:
     if mode not in get_args(Mode):
         raise ConfigError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
     return mode
-
-
-def has_metric(record: Record) -> bool:
-    """Whether a record has a metric that can be better or worse than another."""
-    return record.metric is not None and not math.isnan(record.metric)

@@ -4,7 +4,8 @@ Note [Ends]
 - The thread is no daemon: when the interpreter ends, it waits for the work to be done.
 - A failure that nobody asked for, because the program ended or dropped the object, is logged as an error.
 - A process that was forked meanwhile has a copy of the object, but not the thread: it has nothing to wait for.
-- The thread holds the object, so it is not collected before the work is done.
+- The work holds the object, so it is not collected before that is done; but what failed does not hold it, nor the copy
+  of a model that the work was about.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -27,7 +29,7 @@ class _Job(Generic[Result]):
     """A piece of work, and what became of it."""
 
     def __init__(self, work: Callable[[], Result], what: str) -> None:
-        self.work: Callable[[], Result] | None = work
+        self.work = [work]
         self.what = what
         self.process = os.getpid()
         self.ended = threading.Event()
@@ -35,9 +37,9 @@ class _Job(Generic[Result]):
         self.error: BackgroundSaveError | None = None
         self._claim = threading.Lock()
 
-    def claim(self) -> Callable[[], Result] | None:
-        """The work, for the first who asks."""
-        return self.work if self._claim.acquire(blocking=False) else None
+    def claim(self) -> bool:
+        """Whether the caller is the first to ask, and is to do the work."""
+        return self._claim.acquire(blocking=False)
 
 
 class Background(Generic[Result]):
@@ -62,31 +64,15 @@ class Background(Generic[Result]):
         """
         self.settle()
         job = self._job = _Job(work, what)
-        thread = threading.Thread(target=self._do, args=(job,), name="orthoserde-save", daemon=False)
+        thread = threading.Thread(target=_do, args=(job, self._unseen), name="orthoserde-save", daemon=False)
         try:
             thread.start()
         except RuntimeError:  # no more threads, or the interpreter is about to end
-            self._do(job)
+            _do(job, self._unseen)
         except BaseException:  # an interrupt, before or after the thread took the work
-            if job.claim() is not None:
+            if job.claim():
                 self._job = None
             raise
-
-    def _do(self, job: _Job[Result]) -> None:
-        work = job.claim()
-        if work is None:
-            return
-        try:
-            job.result = work()
-        except BaseException as error:  # whatever it is, the thread has nobody else to tell
-            job.error = BackgroundSaveError(
-                f"{job.what} failed in the background: {str(error) or type(error).__name__}"
-            )
-            job.error.__cause__ = error
-            self._unseen.append(job.error)
-        finally:
-            job.work = None
-            job.ended.set()
 
     def settle(self) -> Result | None:
         """Wait for the work that was begun.
@@ -115,6 +101,21 @@ class Background(Generic[Result]):
             job.ended.wait()
         _tell(self._unseen)
         self._job = None
+
+
+def _do(job: _Job[Result], unseen: list[BackgroundSaveError]) -> None:
+    if not job.claim():
+        return
+    try:
+        job.result = job.work[0]()
+    except BaseException as error:  # whatever it is, the thread has nobody else to tell
+        traceback.clear_frames(error.__traceback__)  # see Note [Ends]: what failed holds nothing
+        job.error = BackgroundSaveError(f"{job.what} failed in the background: {str(error) or type(error).__name__}")
+        job.error.__cause__ = error
+        unseen.append(job.error)
+    finally:
+        job.work.clear()
+        job.ended.set()
 
 
 def _tell(unseen: list[BackgroundSaveError]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, SupportsFloat, SupportsIndex, get_args
 
+from torch import Tensor
+
 from orthoserde import json_values
 from orthoserde.errors import ConfigError, FileFormatError, FormatVersionError
 from orthoserde.json_values import JSON
@@ -117,7 +119,7 @@ def record_in(manifest: Manifest, where: str) -> Record | None:
 
 
 def rank(record: Record, mode: Mode) -> tuple[float, int] | None:
-    """What is greater for the better of two records, and for the later of equals; None without a metric, or with NaN."""
+    """What is greater for the better of two records, the later of equals; None without a metric, or with NaN."""
     if record.metric is None or math.isnan(record.metric):
         return None
     return (record.metric if mode == "max" else -record.metric, record.step)
@@ -149,7 +151,8 @@ def checked_metric(metric: SupportsFloat | None) -> float | None:
     if isinstance(metric, bool) or not isinstance(metric, SupportsFloat):
         raise ConfigError(f"metric: expected a number, got a value of type {type(metric).__name__!r}")
     try:
-        return float(metric)
+        # Of a loss as it is in training, float would warn that its gradient is lost.
+        return float(metric.detach() if isinstance(metric, Tensor) else metric)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"metric: expected a number: {error}") from error
 

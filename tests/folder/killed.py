@@ -60,11 +60,11 @@ def kill_once(folder: str) -> int | None:
     return int(steps[-1]) if steps else None
 
 
-def check(folder: str, reported: int | None) -> None:
-    """Whatever is named is whole, and the last step that was reported is among it."""
+def check(folder: str, known: int) -> int:
+    """Whatever is named is whole, and the last step that was known to be saved is among it; return the newest."""
     checkpoints = orthoserde.Checkpoints(folder, keep=KEEP)
     steps = checkpoints.steps()
-    assert reported is None or reported in steps, (reported, steps)
+    assert known == 0 or known in steps, (known, steps)
     assert len(steps) <= KEEP + 2, steps  # the best, and one that was to be removed
     latest = checkpoints.latest()
     assert latest == (checkpoints.path(steps[-1]) if steps else None)
@@ -73,19 +73,19 @@ def check(folder: str, reported: int | None) -> None:
         model = model_at(-1)
         orthoserde.load(model, checkpoints.path(step))
         assert all(bool((parameter == step).all()) for parameter in model.parameters())
+    return steps[-1] if steps else 0
 
 
 def main() -> None:
     """Kill and look, as often as is asked for; print what came of it."""
     folder, kills = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
-    last = None
+    newest, reports = 0, 0
     for _ in range(kills):
         reported = kill_once(folder)
-        last = last if reported is None else reported
-        check(folder, last)
-    left = [name for name in os.listdir(folder) if not name.endswith(".safetensors")]
-    print(f"{last} {len(left)}")
+        reports += reported is not None
+        newest = check(folder, newest if reported is None else reported)
+    print(f"{newest} {reports}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import nn
 import orthoserde
 from orthoserde import storage
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.folder.record import RECORD_KEY
+from orthoserde.folder.record import RECORD_KEY, step_in
 from tests.folder.cases import names, saved, small
 from tests.helpers import assert_same_state, assert_unchanged, flip_bit, snapshot
 
@@ -80,6 +80,12 @@ def test_steps_of_more_digits_than_the_names_are_padded_to_still_sort_as_steps(t
     checkpoints = saved(tmp_path, *steps)
     assert checkpoints.steps() == steps
     assert checkpoints.latest() == tmp_path / f"step-{2**63 - 1}.safetensors" == checkpoints.path(2**63 - 1)
+
+
+@pytest.mark.parametrize("name", ["step-1", "step-000000001", "step-+0000001", f"step-{2**63}", "step-00000001 ", "a"])
+def test_other_names_are_of_no_step(name: str) -> None:
+    assert step_in("step-00000001.safetensors", "step") == 1
+    assert step_in(f"{name}.safetensors", "step") is None
 
 
 def test_a_folder_is_made_by_the_first_save_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import orthoserde
 from orthoserde import storage
 from orthoserde.checkpoint import Checkpoint, LiveTensor
+from orthoserde.folder.background import Background
 from tests.folder.cases import names, overwrite_, saved, small
 from tests.helpers import assert_same_state, assert_unchanged, snapshot
 
@@ -205,6 +206,7 @@ def test_a_failure_is_raised_by_the_next_call_once(tmp_path: Path, gate: Gate, c
     with pytest.raises(orthoserde.BackgroundSaveError, match="the save of step 2 failed in the background: ") as caught:
         actions[call]()
     assert caught.value.__cause__ is error
+    assert checkpoints._background._unseen == []  # nor is it logged later
     assert names(tmp_path) == ["step-00000001.safetensors"]
     actions[call]()
     assert checkpoints.latest() == checkpoints.path(3 if "save" in call else 1)
@@ -280,6 +282,21 @@ def test_an_interrupt_while_waiting_loses_nothing(tmp_path: Path, gate: Gate, mo
             checkpoints.latest()
     gate.opened.set()
     assert checkpoints.latest() == checkpoints.path(1)
+
+
+def test_work_waits_for_work_that_a_signal_handler_began_meanwhile() -> None:
+    background: Background[None] = Background()
+    go, order = threading.Event(), list[str]()
+
+    def slow() -> None:
+        assert go.wait(30)
+        order.append("handler")
+
+    background.start(slow, "the save of a handler")
+    threading.Timer(0.05, go.set).start()
+    background.start(lambda: order.append("interrupted"), "the save that it interrupted")
+    background.settle()
+    assert order == ["handler", "interrupted"]
 
 
 def _interrupt(*arguments: object) -> bool:

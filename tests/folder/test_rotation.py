@@ -111,8 +111,8 @@ def _neighbours(folder: Path) -> None:
     shutil.copy(own, folder / "xstep-00000001.safetensors")
     shutil.copy(own, folder / "step-00000002.safetensors")  # says that it is step 1
     shutil.copy(own, folder / "step-\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0661.safetensors")
-    saved(folder, 1, prefix="other")
-    shutil.copy(folder / "other-00000001.safetensors", folder / "step-00000003.safetensors")
+    saved(folder, 3, prefix="other")
+    shutil.copy(folder / "other-00000003.safetensors", folder / "step-00000003.safetensors")
     orthoserde.save(small(), folder / "step-00000004.safetensors")
     safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "step-00000005.safetensors")
     (folder / "step-00000006.safetensors").write_bytes(own.read_bytes()[:-1])

@@ -10,6 +10,7 @@ from orthoserde.charts import orthogonal
 from orthoserde.codec import Codec
 from orthoserde.errors import (
     AdapterError,
+    BackgroundSaveError,
     CanonicalizeError,
     CheckpointNotFoundError,
     CommitUncertainError,
@@ -26,6 +27,7 @@ from orthoserde.errors import (
     RegistrationError,
     UnsupportedModuleError,
 )
+from orthoserde.folder import Checkpoints
 from orthoserde.manifest import Manifest
 from orthoserde.rechart import canonicalize_
 from orthoserde.registry import Registry, default_registry, register
@@ -42,10 +44,12 @@ from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
     "AdapterError",
+    "BackgroundSaveError",
     "CanonicalizeError",
     "CanonicalizeReport",
     "ChartReport",
     "CheckpointNotFoundError",
+    "Checkpoints",
     "Codec",
     "CommitUncertainError",
     "ConfigError",

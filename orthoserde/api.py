@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -117,20 +119,78 @@ def save(
         >>> torch.equal(model.weight, other.weight)
         True
     """
+    prepared = prepare(
+        model,
+        optimizer=optimizer,
+        state=state,
+        rng=rng,
+        base=base,
+        include_weights=include_weights,
+        select=select,
+        metadata=metadata,
+        registry=registry,
+        debug=debug,
+    )
+    return prepared.write(path)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint that is ready to be written.
+
+    Attributes:
+        checkpoint: It follows the model until it has been written, unless it is a snapshot.
+        measured: Reports the debug metrics; they are those of the model at the moment of the call.
+    """
+
+    checkpoint: Checkpoint
+    measured: Callable[[], None]
+
+    def write(self, path: str | os.PathLike[str]) -> SaveReport:
+        """Write it to a file, and say what was saved; raises as :func:`save` does."""
+        with self.checkpoint as checkpoint:
+            file_bytes = storage.write(checkpoint, path)
+            report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
+        self.measured()
+        return report
+
+    def snapshot(self, reuse: Checkpoint | None = None) -> Prepared:
+        """A copy in memory that no longer follows the model; see :meth:`Checkpoint.snapshot`.
+
+        The debug metrics are reported now, while the model is what the file will hold.
+        """
+        copied = Prepared(self.checkpoint.snapshot(reuse), _nothing)
+        self.measured()
+        return copied
+
+
+def _nothing() -> None:
+    return
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+    state: Mapping[str, object] | None = None,
+    rng: bool = False,
+    base: Base = "auto",
+    include_weights: bool = False,
+    select: Select = None,
+    metadata: Mapping[str, str] | None = None,
+    registry: Registry | None = None,
+    debug: bool | Sink | None = None,
+) -> Prepared:
+    """All of :func:`save` but the writing: same arguments, same errors."""
     if base not in get_args(Base):
         raise ConfigError(f"base: expected one of {', '.join(get_args(Base))}, got {base!r}")
     registry = default_registry if registry is None else registry
     registry = _with_neighbours(registry, model)
     sink = sink_of(debug)
-    watch = None if sink is None else Watch("save", model, registry)
+    measured = _nothing if sink is None else functools.partial(Watch("save", model, registry).report, sink)
     captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
     captured = with_training(captured, model, optimizer=optimizer, state=state, rng=rng)
-    with _STORED[base](captured) as checkpoint:
-        file_bytes = storage.write(checkpoint, path)
-        report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
-    if sink is not None and watch is not None:
-        watch.report(sink)
-    return report
+    return Prepared(_STORED[base](captured), measured)
 
 
 def load(

@@ -212,10 +212,26 @@ class Checkpoint:
         manifest = dataclasses.replace(self.manifest, tensors=tensors, training=None)
         return dataclasses.replace(self, manifest=manifest, sources={key: self.sources[key] for key in tensors})
 
-    def snapshot(self) -> Checkpoint:
-        """Copy every tensor into memory, so that the result no longer follows the model or needs the file."""
-        sources = {key: LiveTensor(self.tensor(key)) for key in self.sources}
+    def snapshot(self, reuse: Checkpoint | None = None) -> Checkpoint:
+        """Copy every tensor into memory, so that the result no longer follows the model or needs the file.
+
+        Args:
+            reuse: An earlier snapshot, which is not used any more: its memory is overwritten where a tensor is stored
+                under the same key with the same dtype, shape and strides. New memory costs several times the copy.
+        """
+        sources = {key: LiveTensor(self._copied(key, reuse)) for key in self.sources}
         return Checkpoint(self.manifest, sources, self.origin, notes=self.notes)
+
+    def _copied(self, key: str, reuse: Checkpoint | None) -> Tensor:
+        """The elements of a stored tensor, in memory of an earlier snapshot if it is of the same form."""
+        old = None if reuse is None else reuse.sources.get(key)
+        if reuse is None or not isinstance(old, LiveTensor):
+            return self.tensor(key)
+        record, before = self.manifest.tensors[key], reuse.manifest.tensors[key]
+        if (record.dtype, record.shape, record.stride) != (before.dtype, before.shape, before.stride):
+            return self.tensor(key)
+        self.sources[key].fill(old.tensor)
+        return old.tensor
 
     def close(self) -> None:
         """Release the file, if there is one. Closing twice is harmless."""

@@ -148,6 +148,13 @@ class CommitUncertainError(FileAccessError):
     """
 
 
+class BackgroundSaveError(OrthoserdeError, RuntimeError):
+    """A save with ``wait=False`` failed after the call that asked for it had returned; ``__cause__`` says why.
+
+    Unless that is a ``CommitUncertainError``, or says that an old checkpoint could not be removed, there is no file.
+    """
+
+
 class LoadInterruptedError(OrthoserdeError, RuntimeError):
     """Loading stopped after its first write: **the model is partly written** and must be loaded again or discarded.
 

@@ -33,6 +33,7 @@ EXAMPLES: list[tuple[OrthoserdeError, type[Exception]]] = [
     (errors.FileAccessError(errno.EACCES, "what", "some/file"), OSError),
     (errors.CheckpointNotFoundError(errno.ENOENT, "what", "some/file"), FileNotFoundError),
     (errors.CommitUncertainError(errno.EIO, "what", "some/file"), OSError),
+    (errors.BackgroundSaveError("what"), RuntimeError),
     (errors.LoadInterruptedError("what"), RuntimeError),
 ]
 

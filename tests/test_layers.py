@@ -46,6 +46,7 @@ FLOORS = {
     "restore": 3,
     "training": 3,
     "api": 4,
+    "folder": 5,
     "__init__": 5,
     "cli": 6,
     "__main__": 6,
@@ -86,6 +87,7 @@ SIDEWAYS = {
     ("transforms", "parametrizations"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),
+    ("__init__", "folder"),
     ("__main__", "cli"),
 }
 

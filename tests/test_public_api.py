@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import orthoserde
+from orthoserde.folder import SaveArguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,11 +32,13 @@ SIGNATURES = {
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
     "canonicalize_": "(model, *, optimizer=None, reset_state=False)",
+    "Checkpoints": "(folder, *, keep=3, mode='min', prefix='step')",
     "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True, structured=False)",
 }
 
 ERRORS = {
     "AdapterError": RuntimeError,
+    "BackgroundSaveError": RuntimeError,
     "CanonicalizeError": RuntimeError,
     "CheckpointNotFoundError": FileNotFoundError,
     "CommitUncertainError": OSError,
@@ -102,11 +105,19 @@ def test_everything_public_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(orthoserde, name))
 
 
-@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_"])
+@pytest.mark.parametrize(
+    "function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_", "Checkpoints"]
+)
 def test_a_docstring_names_every_argument(function: str) -> None:
     text = inspect.getdoc(getattr(orthoserde, function)) or ""
     for parameter in inspect.signature(getattr(orthoserde, function)).parameters:
         assert f"    {parameter}: " in text
+
+
+def test_a_checkpoints_save_takes_every_argument_of_a_save() -> None:
+    of_save = inspect.signature(orthoserde.save).parameters
+    passed_on = {name for name, each in of_save.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert set(SaveArguments.__annotations__) == passed_on
 
 
 def _modules() -> list[str]:

@@ -15,9 +15,7 @@ import stat
 from collections.abc import Iterator
 
 from orthoserde.errors import CommitUncertainError, FileAccessError
-
-#: Between the target's name and a random suffix in the name of a temporary file.
-TEMPORARY_MARK = ".orthoserde-"
+from orthoserde.storage.leftovers import TEMPORARY_MARK, try_lock
 
 
 @contextlib.contextmanager
@@ -50,6 +48,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
         raise FileAccessError(errno.EINVAL, str(error), name) from error
     try:
         with os.fdopen(descriptor, "w+b", buffering=0) as file:
+            try_lock(descriptor)  # without a lock nobody will take the file for a leftover either
             if mode is not None and hasattr(os, "fchmod"):
                 os.fchmod(file.fileno(), mode)
             yield file
@@ -62,7 +61,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
             raise _refused(error, "cannot write", name) from error
         raise
     try:
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         raise CommitUncertainError(error.errno, f"saved, but perhaps not durably: {error.strerror}", name) from error
 
@@ -86,7 +85,8 @@ def _mode_of(name: str) -> int | None:
     return stat.S_IMODE(status.st_mode)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """Force the names in a folder to the disk; raises OSError."""
     if os.name == "nt":  # Windows cannot open folders; its renames are journaled.
         return
     descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))

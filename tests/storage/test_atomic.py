@@ -17,7 +17,8 @@ import torch
 
 from orthoserde import storage
 from orthoserde.errors import CommitUncertainError, FileAccessError
-from orthoserde.storage.atomic import TEMPORARY_MARK, replacing
+from orthoserde.storage.atomic import replacing
+from orthoserde.storage.leftovers import TEMPORARY_MARK
 from tests.storage.strategies import checkpoint_of
 
 posix = pytest.mark.skipif(os.name == "nt", reason="about POSIX files")

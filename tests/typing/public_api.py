@@ -22,6 +22,24 @@ def saving(model: nn.Linear, path: Path) -> None:
     orthoserde.save(model, "model.safetensors", base="dense")
 
 
+def keeping(model: nn.Linear, folder: Path, background: bool) -> None:
+    with orthoserde.Checkpoints(folder, keep=None, mode="max", prefix="run") as checkpoints:
+        assert_type(checkpoints, orthoserde.Checkpoints)
+    assert_type(checkpoints.save(1, model, metric=torch.ones(()), base="dense"), orthoserde.SaveReport)
+    assert_type(checkpoints.save(1, model, metric=0.5, metadata={"run": "7"}), orthoserde.SaveReport)
+    checkpoints.save(2, model, wait=False)
+    assert_type(checkpoints.save(3, model, wait=background), orthoserde.SaveReport | None)
+    assert_type(checkpoints.wait(), orthoserde.SaveReport | None)
+    assert_type(checkpoints.latest(), Path | None)
+    assert_type(checkpoints.best, Path | None)
+    assert_type(checkpoints.steps(), list[int])
+    assert_type(checkpoints.path(2), Path)
+    checkpoints.save(model, 1)  # type: ignore[call-overload]
+    checkpoints.save(1, model, base="rows")  # type: ignore[call-overload]
+    checkpoints.save(1, model, other=1)  # type: ignore[call-overload]
+    orthoserde.Checkpoints(folder, mode="best")  # type: ignore[arg-type]
+
+
 def loading(model: nn.Linear, path: Path) -> None:
     report = orthoserde.load(
         model, path, strict=False, reparametrize=False, device="cpu", verify=False, registry=orthoserde.default_registry

@@ -118,6 +118,7 @@ class LoadReport:
         loaded: Number of tensors that were written or made.
         notes: What else the caller should know, one sentence each.
         state: Plain values of the training state in the file, by name, such as a step that was counted.
+        training: What training state was loaded, in words; empty if none was.
     """
 
     path: str
@@ -128,6 +129,7 @@ class LoadReport:
     loaded: int = 0
     notes: tuple[str, ...] = ()
     state: Mapping[str, object] = field(default_factory=dict)
+    training: str = ""
 
     def __iter__(self) -> Iterator[list[str]]:
         yield self.missing_keys
@@ -146,6 +148,8 @@ class LoadReport:
         for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):
             if keys:
                 lines.append(f"  {label}: {shorten(keys)}")
+        if self.training:
+            lines.append(f"  training state: {self.training}")
         notable = _notable(self.tensors)
         lines += [f"  {report.name}: {report.fidelity}, {report.action}" for report in notable[:20]]
         if len(notable) > 20:

@@ -96,6 +96,7 @@ def restore(
         loaded=len(plan.writes) + len(plan.makes),
         notes=(*plan.notes, *_scope_notes(checkpoint), *checkpoint.notes),
         state=wanted.values,
+        training=wanted.summary,
     )
 
 

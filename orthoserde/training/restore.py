@@ -73,7 +73,6 @@ class TrainingPlan:
         optimizers: What is loaded into each optimizer.
         objects: Names of the objects that are loaded.
         values: Plain values of the file by name; worked out by :meth:`read`.
-        notes: What the caller should know.
     """
 
     targets: Targets
@@ -82,7 +81,6 @@ class TrainingPlan:
     optimizers: list[OptimizerPlan] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
     values: dict[str, object] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     _generators: States | None = None
     _trees: dict[str, object] = field(default_factory=dict)
 
@@ -107,6 +105,15 @@ class TrainingPlan:
             except ValueError as error:
                 problem = Problem("rng", "mismatch", str(error))
                 raise IncompatibleModelError(f"{checkpoint.origin} does not fit", [problem]) from error
+
+    @property
+    def summary(self) -> str:
+        """What is loaded, in words; empty if nothing is."""
+        parts = [
+            f"{place_of(plan.label).replace('.', ' ')} ({len(plan.numbers)} parameters)" for plan in self.optimizers
+        ]
+        parts += list(self.targets.state)
+        return ", ".join([*parts, *(["random generators"] if self.targets.rng else [])])
 
     def _keys(self) -> list[str]:
         wanted = [key for plan in self.optimizers for key in plan.tensor_keys()]

@@ -142,7 +142,8 @@ def test_several_optimizers_have_names(tmp_path: Path) -> None:
     assert "optimizer first (2 parameters), optimizer second (2 parameters)" in str(report)
     other = net()
     again = {"second": SGD(other[1].parameters(), lr=1.0), "first": Adam(other[0].parameters())}
-    orthoserde.load(other, tmp_path / "m", optimizer=again)
+    loaded = orthoserde.load(other, tmp_path / "m", optimizer=again)
+    assert "training state: optimizer second (2 parameters), optimizer first (2 parameters)" in str(loaded)
     assert again["second"].param_groups[0]["momentum"] == 0.9
     for name, optimizer in pair.items():
         assert len(again[name].state_dict()["state"]) == len(optimizer.state_dict()["state"]) == 2

@@ -80,9 +80,7 @@ def killed(save_every: int, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that was killed again and again."""
     folder = tmp_path_factory.mktemp("runs") / "killed"
     command = [sys.executable, "-m", "tests.kills", folder, str(save_every), str(KILLS), "7"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     starts = [Start(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
     # A start that fails (it could not load the checkpoint, say) has another exit code, and its error is here.
@@ -127,9 +125,7 @@ def test_no_kill_leaves_a_damaged_checkpoint(killed: Run) -> None:
 
 
 @posix
-def test_every_step_is_logged_and_those_that_are_done_again_have_the_same_loss(
-    killed: Run, uninterrupted: Run
-) -> None:
+def test_every_step_is_logged_and_those_that_are_done_again_have_the_same_loss(killed: Run, uninterrupted: Run) -> None:
     assert_same_losses(killed, uninterrupted)
 
 

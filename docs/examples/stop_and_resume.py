@@ -1,7 +1,7 @@
 """Train a small network, and go on from the last checkpoint if there is one: ``python stop_and_resume.py FOLDER``.
 
 Kill it at any moment and start it again, as often as you like: it ends with the bits of a run that was never killed.
-docs/tutorial/stop-and-resume.md explains it line by line.
+docs/tutorial/stop-and-resume.md explains how.
 """
 
 from __future__ import annotations
@@ -29,6 +29,18 @@ def make_data() -> TensorDataset:
     return TensorDataset(points, labels)
 
 
+def make_model() -> nn.Sequential:
+    return nn.Sequential(orthogonal(nn.Linear(8, 24)), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 4))
+
+
+def make_optimizer(model: nn.Sequential) -> torch.optim.AdamW:
+    groups = [
+        {"params": model[0].parameters(), "weight_decay": 0.0},
+        {"params": model[3].parameters(), "weight_decay": 0.01},
+    ]
+    return torch.optim.AdamW(groups)
+
+
 def train(folder: Path, save_every: int = 10) -> None:
     folder.mkdir(exist_ok=True)
     checkpoint = folder / "checkpoint.safetensors"
@@ -40,12 +52,8 @@ def train(folder: Path, save_every: int = 10) -> None:
     np.random.seed(0)
     shuffle = torch.Generator().manual_seed(0)
     loader = DataLoader(make_data(), batch_size=32, shuffle=True, generator=shuffle)
-    model = nn.Sequential(orthogonal(nn.Linear(8, 24)), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 4))
-    groups = [
-        {"params": model[0].parameters(), "weight_decay": 0.0},
-        {"params": model[3].parameters(), "weight_decay": 0.01},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    model = make_model()
+    optimizer = make_optimizer(model)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, epochs=EPOCHS, steps_per_epoch=len(loader))
 
     state: dict[str, Any] = {"scheduler": scheduler, "epoch": 0, "batch": 0, "order": shuffle.get_state()}
@@ -57,7 +65,7 @@ def train(folder: Path, save_every: int = 10) -> None:
         for epoch in range(state["epoch"], EPOCHS):
             for batch, (points, labels) in enumerate(loader):
                 if batch < state["batch"]:
-                    continue  # trained on before the process was killed
+                    continue  # it was trained on before the process was killed
                 points = points * random.uniform(0.9, 1.1)
                 loss = nn.functional.cross_entropy(model(points), labels)
                 optimizer.zero_grad()

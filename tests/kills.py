@@ -1,7 +1,7 @@
 """Kill the example ``stop_and_resume`` with SIGKILL, and start it again, until it ends.
 
-Run as ``python -m tests.kills FOLDER SAVE_EVERY KILLS SEED`` this is a process that imports torch once and forks a worker
-for each start. What became of each start goes to standard output as JSON, one line each.
+Run as ``python -m tests.kills FOLDER SAVE_EVERY KILLS SEED`` this is a process that imports torch once and forks a
+worker for each start. What became of each start goes to standard output as JSON, one line each.
 
 Half of the workers are killed from outside, at some moment after some steps. The others are killed inside a save or a
 load: just before or just after a chosen call that touches the disk.

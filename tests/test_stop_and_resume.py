@@ -79,7 +79,7 @@ def save_every(request: pytest.FixtureRequest) -> int:
 def killed(save_every: int, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that was killed again and again."""
     folder = tmp_path_factory.mktemp("runs") / "killed"
-    command = [sys.executable, "-m", "tests.kills", folder, str(save_every), str(KILLS), "7"]
+    command = [sys.executable, "-m", "tests.kills", str(folder), str(save_every), str(KILLS), "7"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     starts = [Start(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -48,6 +48,11 @@ ENTRIES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+def is_of_torch(cls: type) -> bool:
+    """Whether a class is one of ``torch.optim``; of others nothing is known."""
+    return cls.__module__.startswith("torch.optim.")
+
+
 def odd_entry(cls: type, entries: object, shape: torch.Size) -> str | None:
     """What keeps entries from being those that an optimizer keeps for a parameter; None if nothing is known to.
 
@@ -58,7 +63,7 @@ def odd_entry(cls: type, entries: object, shape: torch.Size) -> str | None:
     """
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         return "expected entries by name"
-    known = ENTRIES.get(cls.__name__) if cls.__module__.startswith("torch.optim.") else None
+    known = ENTRIES.get(cls.__name__) if is_of_torch(cls) else None
     if known is None:
         return None
     for name, value in entries.items():

@@ -247,6 +247,26 @@ def test_lbfgs_wants_its_parameters_in_the_same_order(tmp_path: Path) -> None:
     orthoserde.load(other, tmp_path / "m", optimizer=torch.optim.LBFGS(other.parameters(), max_iter=3))
 
 
+class Counting(SGD):
+    """It keeps count in an option that it does not have before its first step, as schedulefree's wrapper does."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        super().step(closure)
+
+
+def test_an_optimizer_of_the_users_own_may_add_options_as_it_goes(tmp_path: Path) -> None:
+    def make(parameters: Any) -> Optimizer:
+        return Counting(parameters, lr=0.1)
+
+    saved(tmp_path / "m", make)
+    other = net()
+    optimizer = make(other.parameters())
+    orthoserde.load(other, tmp_path / "m", optimizer=optimizer)
+    assert optimizer.param_groups[0]["k"] == 3
+
+
 def test_state_of_another_precision_is_kept(tmp_path: Path) -> None:
     """Torch casts floating state to the dtype of the parameter, which rounds float32 averages of a bfloat16 model."""
     model = nn.Linear(6, 3).bfloat16()

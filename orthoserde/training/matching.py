@@ -254,7 +254,7 @@ def _matched_groups(
 
 def _check_options(plan: OptimizerPlan, described: GetTensor, mismatch: Callable[[str], None]) -> None:
     # Optimizers of others may add options as they go: schedulefree's wrapper counts its steps in them.
-    takes_any = not is_of_torch(type(plan.optimizer))
+    takes_any = not any(map(is_of_torch, (plan.record.class_name, type(plan.optimizer).__module__)))
     for i, (group, stored) in enumerate(zip(plan.optimizer.param_groups, plan.groups, strict=True)):
         if stored is None:
             continue

@@ -23,6 +23,7 @@ import orthoserde
 from orthoserde import ConfigError, IncompatibleModelError, storage
 from orthoserde.checkpoint import LiveTensor
 from orthoserde.manifest import TensorRecord
+from orthoserde.training.entries import ENTRIES, odd_entry
 from orthoserde.training_record import GroupRecord, OptimizerRecord
 from tests.helpers import assert_unchanged, flip_bit, same_bits, snapshot
 
@@ -658,6 +659,12 @@ def test_hostile_optimizers_are_refused_and_nothing_changes(name: str, tmp_path:
     optimizer = Adam(model.parameters(), amsgrad=True)
     trained(model, optimizer, 1)
     refused(tmp_path / "odd", model, match, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES.keys() & vars(torch.optim).keys()))
+def test_what_an_optimizer_of_torch_does_not_keep_is_odd(name: str) -> None:
+    """Adafactor and Muon say that they are of `torch.optim`, the others name a module in it."""
+    assert odd_entry(getattr(torch.optim, name), {"evil": 1}, torch.Size([2])) == f"{name} keeps no 'evil'"
 
 
 def test_entries_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "docs" / "examples" / "stop_and_resume.py"
 PAGE = ROOT / "docs" / "tutorial" / "stop-and-resume.md"
 
-STEPS = 6 * 32
+STEPS = 4 * 32
 KILLS = 24
 
 #: Sums over several threads may round differently.
@@ -69,7 +69,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.fixture(scope="module", params=[1, 5])
+@pytest.fixture(scope="module", params=[1, 3])
 def save_every(request: pytest.FixtureRequest) -> int:
     """Steps from one save to the next. With one, a run spends most of its time in saves."""
     return int(request.param)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import orthoserde
 
-EPOCHS = 6
+EPOCHS = 4
 
 
 def make_data() -> TensorDataset:

@@ -48,6 +48,15 @@ ENTRIES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+def is_of_torch(module: str) -> bool:
+    """Whether classes of a module are those of ``torch.optim``, as Adafactor and Muon are; of others nothing is known.
+
+    Args:
+        module: Its name, or ``module:qualname`` of a class.
+    """
+    return f"{module.replace(':', '.')}.".startswith("torch.optim.")
+
+
 def odd_entry(cls: type, entries: object, shape: torch.Size) -> str | None:
     """What keeps entries from being those that an optimizer keeps for a parameter; None if nothing is known to.
 
@@ -58,7 +67,7 @@ def odd_entry(cls: type, entries: object, shape: torch.Size) -> str | None:
     """
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         return "expected entries by name"
-    known = ENTRIES.get(cls.__name__) if cls.__module__.startswith("torch.optim.") else None
+    known = ENTRIES.get(cls.__name__) if is_of_torch(cls.__module__) else None
     if known is None:
         return None
     for name, value in entries.items():

@@ -15,7 +15,7 @@ from orthoserde.manifest import Manifest
 from orthoserde.reports import shorten
 from orthoserde.state_tree import decode_tree, keys_in
 from orthoserde.tensor_bytes import DTYPES
-from orthoserde.training.entries import odd_entry, spans_parameters
+from orthoserde.training.entries import is_of_torch, odd_entry, spans_parameters
 from orthoserde.training.optimizers import numbered, options_of, place_of
 from orthoserde.training_record import GroupRecord, OptimizerRecord
 
@@ -253,13 +253,15 @@ def _matched_groups(
 
 
 def _check_options(plan: OptimizerPlan, described: GetTensor, mismatch: Callable[[str], None]) -> None:
+    # Optimizers of others may add options as they go: schedulefree's wrapper counts its steps in them.
+    takes_any = not any(map(is_of_torch, (plan.record.class_name, type(plan.optimizer).__module__)))
     for i, (group, stored) in enumerate(zip(plan.optimizer.param_groups, plan.groups, strict=True)):
         if stored is None:
             continue
         own = options_of(group)
         options = _mapping(decode_tree(stored.options, f"groups.{i}", described), f"groups.{i}")
         for name, value in options.items():
-            if name not in own and name not in SCHEDULED:
+            if name not in own and name not in SCHEDULED and not takes_any:
                 mismatch(f"group {i} has the option {name!r} in the file, which a {_name(plan)} here does not know")
             elif name in own and not _alike(own[name], value):
                 mismatch(

@@ -29,7 +29,7 @@ _STATE, _GROUPS = "state", "param_groups"
 
 
 def labelled(optimizer: object) -> dict[str, Optimizer]:
-    """Optimizers by name; a single one has the name ``""``.
+    """Optimizers by name; a single one has the name ``""``. Wrappers of accelerate are taken off.
 
     Raises:
         TypeError: Something is no optimizer.
@@ -42,7 +42,14 @@ def labelled(optimizer: object) -> dict[str, Optimizer]:
             raise TypeError(f"optimizer: expected names for optimizers, got {label!r}")
         if not all(hasattr(each, name) for name in ("state_dict", "load_state_dict", _GROUPS)):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")
-    return cast("dict[str, Optimizer]", found)
+    return {cast("str", label): _unwrapped(cast("Optimizer", each)) for label, each in found.items()}
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer in a wrapper of accelerate, which hands it everything on; by name, for it is not imported here."""
+    if class_name(type(optimizer)) == "accelerate.optimizer:AcceleratedOptimizer":
+        return _unwrapped(cast("Any", optimizer).optimizer)
+    return optimizer
 
 
 def class_name(cls: type) -> str:

@@ -23,6 +23,7 @@ import orthoserde
 from orthoserde import ConfigError, IncompatibleModelError, storage
 from orthoserde.checkpoint import LiveTensor
 from orthoserde.manifest import TensorRecord
+from orthoserde.training.entries import ENTRIES, odd_entry
 from orthoserde.training_record import GroupRecord, OptimizerRecord
 from tests.helpers import assert_unchanged, flip_bit, same_bits, snapshot
 
@@ -246,6 +247,26 @@ def test_lbfgs_wants_its_parameters_in_the_same_order(tmp_path: Path) -> None:
     backwards = torch.optim.LBFGS(reversed(list(other.parameters())))
     refused(tmp_path / "m", other, "their order is not that of the file", optimizer=backwards)
     orthoserde.load(other, tmp_path / "m", optimizer=torch.optim.LBFGS(other.parameters(), max_iter=3))
+
+
+class Counting(SGD):
+    """It keeps count in an option that it does not have before its first step, as schedulefree's wrapper does."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        super().step(closure)
+
+
+def test_an_optimizer_of_the_users_own_may_add_options_as_it_goes(tmp_path: Path) -> None:
+    def make(parameters: Any) -> Optimizer:
+        return Counting(parameters, lr=0.1)
+
+    saved(tmp_path / "m", make)
+    other = net()
+    optimizer = make(other.parameters())
+    orthoserde.load(other, tmp_path / "m", optimizer=optimizer)
+    assert optimizer.param_groups[0]["k"] == 3
 
 
 def test_state_of_another_precision_is_kept(tmp_path: Path) -> None:
@@ -644,6 +665,12 @@ def test_hostile_optimizers_are_refused_and_nothing_changes(name: str, tmp_path:
     optimizer = Adam(model.parameters(), amsgrad=True)
     trained(model, optimizer, 1)
     refused(tmp_path / "odd", model, match, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES.keys() & vars(torch.optim).keys()))
+def test_what_an_optimizer_of_torch_does_not_keep_is_odd(name: str) -> None:
+    """Adafactor and Muon say that they are of `torch.optim`, the others name a module in it."""
+    assert odd_entry(getattr(torch.optim, name), {"evil": 1}, torch.Size([2])) == f"{name} keeps no 'evil'"
 
 
 def test_entries_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 import orthoserde
 from docs.examples.stop_and_resume import train
 from orthoserde import storage
-from orthoserde.storage.atomic import TEMPORARY_MARK
+from orthoserde.storage.leftovers import TEMPORARY_MARK
 
 #: How often each of these is called before a process is killed there: a save writes some 30 tensors.
 CALLS = {"open": 4, "write": 60, "truncate": 2, "fsync": 4, "replace": 2}

@@ -23,10 +23,12 @@ from orthoserde.errors import (
     LoadInterruptedError,
     OrthoserdeError,
     Problem,
+    ProofError,
     RegistrationError,
     UnsupportedModuleError,
 )
 from orthoserde.manifest import Manifest
+from orthoserde.proof import Difference, Grade, Proof, prove
 from orthoserde.rechart import canonicalize_
 from orthoserde.registry import Registry, default_registry, register
 from orthoserde.reports import (
@@ -50,10 +52,12 @@ __all__ = [
     "CommitUncertainError",
     "ConfigError",
     "DamagedFileError",
+    "Difference",
     "Fidelity",
     "FileAccessError",
     "FileFormatError",
     "FormatVersionError",
+    "Grade",
     "IncompatibleModelError",
     "LegacyCheckpointWarning",
     "LoadInterruptedError",
@@ -62,6 +66,8 @@ __all__ = [
     "OrthoserdeError",
     "ParametrizedTensor",
     "Problem",
+    "Proof",
+    "ProofError",
     "RegistrationError",
     "Registry",
     "SaveReport",
@@ -76,6 +82,7 @@ __all__ = [
     "load",
     "orthogonal",
     "parametrized_tensors",
+    "prove",
     "register",
     "save",
     "verify",

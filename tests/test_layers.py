@@ -46,6 +46,8 @@ FLOORS = {
     "restore": 3,
     "training": 3,
     "api": 4,
+    "proof": 4,
+    "testing": 5,
     "__init__": 5,
     "cli": 6,
     "__main__": 6,
@@ -86,6 +88,7 @@ SIDEWAYS = {
     ("transforms", "parametrizations"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),
+    ("proof", "api"),
     ("__main__", "cli"),
 }
 

@@ -34,6 +34,7 @@ EXAMPLES: list[tuple[OrthoserdeError, type[Exception]]] = [
     (errors.CheckpointNotFoundError(errno.ENOENT, "what", "some/file"), FileNotFoundError),
     (errors.CommitUncertainError(errno.EIO, "what", "some/file"), OSError),
     (errors.LoadInterruptedError("what"), RuntimeError),
+    (errors.ProofError("what"), RuntimeError),
 ]
 
 

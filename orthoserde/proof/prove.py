@@ -22,7 +22,7 @@ from orthoserde.proof.settings import current, other_seed
 Path: TypeAlias = "str | os.PathLike[str]"
 
 #: What a run may be held to: losses, files, or one file.
-Reference: TypeAlias = "Path | Iterable[float | Tensor] | Iterable[Path]"
+Reference: TypeAlias = "Path | Iterable[float | Tensor | Path]"
 
 
 def prove(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orthoserde.errors import ConfigError
-from orthoserde.proof.prove import Path, Reference, prove
+from orthoserde.proof.proving import Path, Reference, prove
 from orthoserde.proof.report import Grade, Proof
 
 

@@ -7,8 +7,8 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -99,20 +99,27 @@ class Finished:
     """All steps were taken."""
 
 
-def main(connection: Connection, task: Task, functions: bytes) -> None:
+class Parent(Protocol):
+    """Who is told: the end of a pipe."""
+
+    def send(self, message: object, /) -> None:
+        """Tell something that can be pickled."""
+
+
+def main(parent: Parent, task: Task, functions: bytes) -> None:
     """Do a task and tell of it.
 
     Args:
-        connection: Where to tell.
+        parent: Who is told.
         task: The task.
         functions: The user's ``make`` and ``step``, by name; not unpickled before here, so that an import that fails
             can be told.
     """
     try:
         for message in _work(task, functions):
-            connection.send(message)
+            parent.send(message)
     except Exception as error:  # whatever the user's functions raise is to be told, not printed
-        connection.send(Failed("".join(traceback.format_exception_only(error)).strip(), traceback.format_exc()))
+        parent.send(Failed("".join(traceback.format_exception_only(error)).strip(), traceback.format_exc()))
 
 
 def _work(task: Task, functions: bytes) -> Iterator[object]:

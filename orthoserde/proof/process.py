@@ -38,10 +38,9 @@ def run(task: Task, make: Callable[..., object], step: Callable[..., object]) ->
     """
     # Spawned, not forked: it is to know nothing but what is in the file.
     context = multiprocessing.get_context("spawn")
-    functions = bytes(ForkingPickler.dumps((make, step)))
     here, there = context.Pipe(duplex=False)
     # No daemon: those may have no processes of their own, such as the workers of a loader.
-    process = context.Process(target=main, args=(there, task, functions), name="orthoserde.prove")
+    process = context.Process(target=main, args=(there, task, encoded(make, step)), name="orthoserde.prove")
     loaded: Loaded | None = None
     steps: list[Stepped] = []
     try:
@@ -59,6 +58,11 @@ def run(task: Task, make: Callable[..., object], step: Callable[..., object]) ->
     if loaded is None:
         raise ProofError("the new process told nothing of the load")
     return Run(loaded, tuple(steps))
+
+
+def encoded(make: Callable[..., object], step: Callable[..., object]) -> bytes:
+    """Functions by their names, for a process that imports them when it is ready to tell what goes wrong."""
+    return bytes(ForkingPickler.dumps((make, step)))
 
 
 def _messages(here: Connection, process: BaseProcess) -> Iterator[object]:

@@ -65,7 +65,7 @@ class Proof:
     It has no truth value: compare :attr:`grade`, or use ``orthoserde.testing.assert_continues``.
 
     Attributes:
-        path: The checkpoint.
+        path: The checkpoint, as a whole path.
         grade: The outcome.
         steps: Number of training steps that were taken.
         compared: What was compared: ``"losses"``, ``"model"``, ``"optimizer"``, names of the user's own state.

@@ -5,18 +5,15 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,7 +22,7 @@ import orthoserde
 from orthoserde import ProofError
 from orthoserde.proof import child
 from orthoserde.proof.settings import current
-from tests.proof import cases
+from tests.proof import cases, here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,14 +38,14 @@ def start(tmp_path: Path) -> Iterator[Path]:
 
 def test_what_a_step_raises_is_told_with_its_traceback(start: Path) -> None:
     with pytest.raises(ProofError, match="step 2 failed in the new process: LookupError: no more data") as caught:
-        orthoserde.prove(start, cases.make_small, cases.step_raises, reference=[0.0, 0.0, 0.0])
+        orthoserde.prove(start, cases.make_model_alone, cases.step_raises, reference=[0.0, 0.0, 0.0])
     assert "in step_raises" in str(caught.value)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
 def test_a_process_that_is_killed_is_an_error(start: Path) -> None:
     with pytest.raises(ProofError, match="ended by SIGKILL in step 1; the system may have run out of memory"):
-        orthoserde.prove(start, cases.make_small, cases.step_is_killed)
+        orthoserde.prove(start, cases.make_model_alone, cases.step_is_killed)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
@@ -67,7 +64,7 @@ def test_an_interrupt_here_ends_the_process_there(start: Path, tmp_path: Path) -
     began = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            orthoserde.prove(start, cases.make_small, functools.partial(cases.step_waits, pid_file=str(pid_file)))
+            orthoserde.prove(start, cases.make_model_alone, functools.partial(cases.step_waits, pid_file=str(pid_file)))
     finally:
         pid_file.write_text(pid_file.read_text("utf-8") if pid_file.exists() else "0", encoding="utf-8")
         watcher.join()
@@ -90,27 +87,9 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(start: Path, tmp_path: P
     assert 'under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
 
 
-class Listener:
-    """Takes the place of the connection to the parent."""
-
-    def __init__(self) -> None:
-        self.messages: list[Any] = []
-
-    def send(self, message: object) -> None:
-        """Keep it."""
-        self.messages.append(message)
-
-
 def told(path: Path, make: Callable[..., object], step: Callable[..., object] = cases.step_nothing) -> list[Any]:
-    """What a new process would tell, told by this one."""
-    listener = Listener()
-    task = child.Task(str(path), 1, {}, False, 5, current())
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        child.main(listener, task, bytes(ForkingPickler.dumps((make, step))))  # type: ignore[arg-type]
-    random.setstate(python)
-    np.random.set_state(numpy)
-    return listener.messages
+    """What a new process would tell of one step."""
+    return here.told(child.Task(str(path), 1, {}, False, 5, current()), make, step)
 
 
 @pytest.mark.parametrize(

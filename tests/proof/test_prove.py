@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import orthoserde
 from orthoserde import Fidelity, Grade, testing
+from orthoserde.proof import proving
 from tests.helpers import assert_unchanged, snapshot, surroundings
 from tests.proof import cases
+from tests.proof.here import run_here
 
 STEPS = ["1", "2", "3"]
 
@@ -32,6 +33,12 @@ def generators() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in this process what would run in a new one."""
+    monkeypatch.setattr(proving, "run", run_here)
 
 
 def files(folder: Path) -> list[Path]:
@@ -67,29 +74,7 @@ def test_every_parametrization_goes_on_bit_for_bit_and_nothing_here_changes(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "start"]
 
 
-def test_another_number_of_threads_is_within_rounding(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    model = cases.make_sums()
-    orthoserde.save(model, tmp_path / "start")
-    try:
-        torch.set_num_threads(1)
-        loss = cases.step_sums(model)
-        orthoserde.save(model, tmp_path / "1")
-        torch.set_num_threads(2)
-        proof = orthoserde.prove(
-            tmp_path / "start", cases.make_sums, cases.step_sums, reference=tmp_path / "1", steps=2
-        )
-    finally:
-        torch.set_num_threads(threads)
-    assert proof.grade is Grade.WITHIN, proof
-    assert proof.max_difference is not None
-    assert 0 < proof.max_difference < 1e-5
-    assert proof.first is not None
-    # One file is what is left after all steps.
-    assert (proof.first.step, proof.first.name, proof.first.within, proof.differences) == (2, "sums", True, 1)
-    assert proof.losses == pytest.approx((loss,), rel=1e-5)
-
-
+@pytest.mark.usefixtures("here")
 def test_an_optimizer_that_was_not_saved_is_found_out(tmp_path: Path) -> None:
     run = cases.make_small()
     for _ in range(3):
@@ -131,15 +116,17 @@ def test_without_a_reference_two_loads_are_compared(tmp_path: Path) -> None:
     assert "deterministic, 2 steps against two fresh loads" in str(proof)
 
 
+@pytest.mark.usefixtures("here")
 def test_what_is_drawn_from_nowhere_is_not_deterministic(tmp_path: Path) -> None:
     orthoserde.save(cases.make_model_alone(), tmp_path / "start")
-    proof = orthoserde.prove(tmp_path / "start", cases.make_small, cases.step_from_outside, steps=1)
+    proof = orthoserde.prove(tmp_path / "start", cases.make_model_alone, cases.step_from_outside, steps=1)
     assert proof.grade is Grade.DIVERGES
     assert proof.first is not None
     assert (proof.first.step, proof.first.name, proof.first.relative) == (1, "0.bias", None)
     assert proof.max_difference is None
 
 
+@pytest.mark.usefixtures("here")
 def test_random_states_that_were_not_saved_are_found_out(tmp_path: Path) -> None:
     run = cases.make_all()
     orthoserde.save(run[0], tmp_path / "start", optimizer=run[1], state=run[2])
@@ -150,28 +137,53 @@ def test_random_states_that_were_not_saved_are_found_out(tmp_path: Path) -> None
     assert any("random generators" in note for note in proof.notes)
 
 
-def test_settings_are_those_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    orthoserde.save(nn.Linear(2, 2, dtype=torch.float64), tmp_path / "start")
+def test_settings_are_those_of_this_process_and_threads_that_differ_are_within_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cases.make_sums()
+    orthoserde.save(model, tmp_path / "start")
     monkeypatch.setenv("ORTHOSERDE_TEST", "here")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
     try:
-        torch.set_num_threads(3)
+        torch.set_num_threads(1)
+        loss = cases.step_sums(model)
+        orthoserde.save(model, tmp_path / "1")
+        torch.set_num_threads(2)
         torch.set_default_dtype(torch.float64)
         torch.set_float32_matmul_precision("high")
         torch.use_deterministic_algorithms(True, warn_only=True)
         make = functools.partial(cases.make_with_settings, tuple(cases.settings()))
-        proof = orthoserde.prove("start", make, cases.step_nothing, reference=(1.0, 2.0), steps=1)
+        proof = orthoserde.prove("start", make, cases.step_sums, reference="1", steps=2)
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(False)
+    assert proof.environment == {"torch": torch.__version__, "threads": "2", "deterministic algorithms": "warn only"}
+    assert proof.grade is Grade.WITHIN, proof
+    assert proof.max_difference is not None
+    assert 0 < proof.max_difference < 1e-5
+    assert proof.first is not None
+    # One file is what is left after all steps.
+    assert (proof.first.step, proof.first.name, proof.first.within, proof.differences) == (2, "sums", True, 1)
+    assert proof.losses == pytest.approx((loss, loss), rel=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_losses_alone_will_do(tmp_path: Path) -> None:
+    run = cases.make_all()
+    losses = cases.save_and_go_on(tmp_path, run, cases.step_all)
+    proof = testing.assert_continues(tmp_path / "start", cases.make_all, cases.step_all, reference=losses)
     assert (proof.grade, proof.compared) == (Grade.BIT_EXACT, ("losses",))
-    assert proof.environment == {
-        "torch": torch.__version__,
-        "threads": "3",
-        "deterministic algorithms": "warn only",
-    }
+    assert str(proof).startswith(f"{tmp_path / 'start'}: bit-exact, 3 steps against the reference\n")
+    proof = orthoserde.prove(
+        tmp_path / "start", cases.make_all, cases.step_all, reference=[loss * (1 + 1e-7) for loss in losses]
+    )
+    assert (proof.grade, proof.differences) == (Grade.WITHIN, 3)
+    proof = orthoserde.prove(tmp_path / "start", cases.make_all, cases.step_all, reference=[*losses[:2], losses[0]])
+    assert proof.grade is Grade.DIVERGES
+    assert proof.first is not None
+    assert (proof.first.step, proof.first.name) == (3, "loss")

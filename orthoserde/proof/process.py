@@ -70,12 +70,12 @@ def _messages(here: Connection, process: BaseProcess) -> Iterator[object]:
     doing = ""
     while True:
         # An end of the pipe that closes is no sure sign of the end: processes of its own may hold it open.
-        while not here.poll(_LOOK):
-            if not process.is_alive() and not here.poll():
-                raise _ended(process, doing)
         try:
+            while not here.poll(_LOOK):
+                if not process.is_alive() and not here.poll():
+                    raise _ended(process, doing)
             message = here.recv()
-        except (EOFError, ConnectionResetError) as error:
+        except (EOFError, ConnectionError) as error:
             process.join(_GRACE)
             raise _ended(process, doing) from error
         if isinstance(message, Failed):

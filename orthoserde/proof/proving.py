@@ -38,7 +38,8 @@ def prove(
     The process is spawned, so it knows only what is in the file and in your code. Its random generators start at
     another seed; its number of threads, its settings of determinism and precision, its default dtype and device, its
     environment and folder are those of this one. What the file holds of an optimizer, of your own state and of the
-    random generators is loaded too. Nothing changes in this process, and no other is left when it returns or raises.
+    random generators is loaded too. Nothing changes in this process, and no other is left when it returns or raises,
+    but for the resource tracker that Python keeps beside a process that has spawned others.
 
     There is no limit of time: an interrupt ends the new process too.
 

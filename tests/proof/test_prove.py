@@ -135,6 +135,9 @@ def test_random_states_that_were_not_saved_are_found_out(tmp_path: Path) -> None
     assert proof.grade is Grade.DIVERGES
     assert proof.compared == ("losses",)
     assert any("random generators" in note for note in proof.notes)
+    # Two loads would agree if they began with the same seed.
+    proof = orthoserde.prove(tmp_path / "start", cases.make_all, cases.step_all, steps=1)
+    assert proof.grade is Grade.DIVERGES
 
 
 def test_settings_are_those_of_this_process_and_threads_that_differ_are_within_rounding(

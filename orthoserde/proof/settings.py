@@ -1,8 +1,10 @@
-"""What a new process takes over from this one, so that it computes the same bits."""
+"""What a new process takes over from this one, so that it computes the same bits.
+
+The environment, the current folder and ``sys.path`` are not here: multiprocessing hands them over itself.
+"""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +56,6 @@ class Settings:
         matmul_precision: Precision of float32 products; None where newer names alone say it.
         dtype: The default dtype.
         device: The default device.
-        folder: The current folder.
     """
 
     threads: int
@@ -66,11 +67,9 @@ class Settings:
     matmul_precision: str | None
     dtype: torch.dtype
     device: str
-    folder: str
 
     def apply(self) -> None:
         """Give them to this process, which has computed nothing yet."""
-        os.chdir(self.folder)
         torch.set_num_threads(self.threads)
         if torch.get_num_interop_threads() != self.interop_threads:
             torch.set_num_interop_threads(self.interop_threads)
@@ -109,7 +108,6 @@ def current() -> Settings:
         matmul_precision=_matmul_precision(),
         dtype=torch.get_default_dtype(),
         device=str(torch.get_default_device()),
-        folder=os.getcwd(),
     )
 
 

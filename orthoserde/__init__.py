@@ -24,11 +24,13 @@ from orthoserde.errors import (
     LoadInterruptedError,
     OrthoserdeError,
     Problem,
+    ProofError,
     RegistrationError,
     UnsupportedModuleError,
 )
 from orthoserde.folder import Checkpoints
 from orthoserde.manifest import Manifest
+from orthoserde.proof import Difference, Grade, Proof, prove
 from orthoserde.rechart import canonicalize_
 from orthoserde.registry import Registry, default_registry, register
 from orthoserde.reports import (
@@ -54,10 +56,12 @@ __all__ = [
     "CommitUncertainError",
     "ConfigError",
     "DamagedFileError",
+    "Difference",
     "Fidelity",
     "FileAccessError",
     "FileFormatError",
     "FormatVersionError",
+    "Grade",
     "IncompatibleModelError",
     "LegacyCheckpointWarning",
     "LoadInterruptedError",
@@ -66,6 +70,8 @@ __all__ = [
     "OrthoserdeError",
     "ParametrizedTensor",
     "Problem",
+    "Proof",
+    "ProofError",
     "RegistrationError",
     "Registry",
     "SaveReport",
@@ -80,6 +86,7 @@ __all__ = [
     "load",
     "orthogonal",
     "parametrized_tensors",
+    "prove",
     "register",
     "save",
     "verify",

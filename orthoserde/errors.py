@@ -163,6 +163,13 @@ class LoadInterruptedError(OrthoserdeError, RuntimeError):
     """
 
 
+class ProofError(OrthoserdeError, RuntimeError):
+    """``prove`` came to no result: a function cannot be run in a new process, or raised there, or the process ended.
+
+    What was raised there stands in the message, with its traceback.
+    """
+
+
 def render(message: str, problems: Sequence[Problem]) -> str:
     """Join a headline and its problems into a readable message, one line each.
 

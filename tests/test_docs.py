@@ -2,16 +2,21 @@
 
 The blocks of one page share a namespace and run from top to bottom in an empty folder, warnings being errors.
 A block that cannot run here says why in its info string, and is only compiled; one that needs a package of its own
-is only compiled where that is not installed::
+is only compiled where that is not installed. A block may be a file of its own, which later blocks find in that folder;
+``run`` also runs it in a new process, by pytest if its name begins with ``test_``::
 
     ```python no-run needs a GPU
     ```python needs pyreft
+    ```python file model.py
+    ```python run train.py
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -46,18 +51,31 @@ class Block:
     def execute(self, namespace: dict[str, object]) -> None:
         """Run the block in ``namespace``, or compile it if it is not to be run; fail with page and line."""
         mark, _, reason = self.options.partition(" ")
-        if mark not in ("", "no-run", "needs") or (mark and not reason):
-            expected = "'python', 'python no-run <reason>' or 'python needs <package>'"
+        if mark not in ("", "no-run", "needs", "file", "run") or (mark and not reason):
+            expected = "'python', 'python no-run <reason>', 'python needs <package>', 'python file|run <name>'"
             pytest.fail(f"{self.page}:{self.line}: expected {expected}, got 'python {self.options}'")
         # The lines before the block keep the line numbers of tracebacks equal to those of the page.
         source = "\n" * (self.line - 1) + self.source
         try:
             code = compile(source, str(ROOT / self.page), "exec", dont_inherit=True)
-            if not mark or (mark == "needs" and importlib.util.find_spec(reason) is not None):
+            if mark in ("file", "run"):
+                self._write(Path(reason), run=mark == "run")
+            elif not mark or (mark == "needs" and importlib.util.find_spec(reason) is not None):
                 exec(code, namespace)  # noqa: S102 - running the pages is what this module is for
         except Exception as error:
             line = _line_in_page(error, str(ROOT / self.page)) or self.line
             pytest.fail(f"{self.page}:{line}: {type(error).__name__}: {error}")
+
+    def _write(self, path: Path, *, run: bool) -> None:
+        """Make a file of the block, and perhaps run it."""
+        path.write_text(self.source, encoding="utf-8")
+        if run:
+            how = ["-m", "pytest", "-q", "-W", "error"] if path.name.startswith("test_") else ["-W", "error"]
+            env = {**os.environ, "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, *how, str(path)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{path} failed\n{done.stdout}\n{done.stderr}")
 
 
 def _line_in_page(error: Exception, filename: str) -> int | None:
@@ -146,7 +164,18 @@ def test_a_block_that_needs_a_package_runs_where_it_is_installed() -> None:
         present.execute({})
 
 
-@pytest.mark.parametrize("options", ["no-run", "needs", "norun because", "title=example"])
+def test_a_block_that_is_a_file_is_written_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    halves = "```python file halves.py\ndef halve(x):\n    return x / 2\n```\n"
+    runs = "```python run {}\nfrom halves import halve\ndef test_it():\n    assert halve(2) == {}\n{}\n```\n"
+    for page in (halves, runs.format("test_it.py", 1, ""), runs.format("it.py", 1, "test_it()")):
+        python_blocks("page.md", page)[0].execute({})
+    for page in (runs.format("test_it.py", 3, ""), runs.format("it.py", 3, "test_it()")):
+        with pytest.raises(pytest.fail.Exception, match=r"^page\.md:2: RuntimeError: (test_)?it\.py failed"):
+            python_blocks("page.md", page)[0].execute({})
+
+
+@pytest.mark.parametrize("options", ["no-run", "needs", "file", "run", "norun because", "title=example"])
 def test_a_mark_without_a_reason_or_a_meaning_is_refused(options: str) -> None:
     (block,) = python_blocks("page.md", f"```python {options}\n1\n```\n")
     with pytest.raises(pytest.fail.Exception, match=r"^page\.md:2: expected 'python', "):

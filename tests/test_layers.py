@@ -47,6 +47,8 @@ FLOORS = {
     "training": 3,
     "api": 4,
     "folder": 5,
+    "proof": 4,
+    "testing": 5,
     "__init__": 5,
     "cli": 6,
     "__main__": 6,
@@ -88,6 +90,7 @@ SIDEWAYS = {
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),
     ("__init__", "folder"),
+    ("proof", "api"),
     ("__main__", "cli"),
 }
 

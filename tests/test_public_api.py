@@ -28,6 +28,7 @@ SIGNATURES = {
         "reparametrize=True, device=None, verify=True, registry=None, debug=None)"
     ),
     "inspect": "(path)",
+    "prove": "(path, make, step, *, reference=None, steps=3)",
     "verify": "(path, *, registry=None)",
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
@@ -50,6 +51,7 @@ ERRORS = {
     "IncompatibleModelError": RuntimeError,
     "LoadInterruptedError": RuntimeError,
     "OrthoserdeError": Exception,
+    "ProofError": RuntimeError,
     "RegistrationError": ValueError,
     "UnsupportedModuleError": RuntimeError,
 }
@@ -58,12 +60,15 @@ VALUES = {
     "CanonicalizeReport",
     "ChartReport",
     "Codec",
+    "Difference",
     "Fidelity",
+    "Grade",
     "LegacyCheckpointWarning",
     "LoadReport",
     "Manifest",
     "ParametrizedTensor",
     "Problem",
+    "Proof",
     "Registry",
     "SaveReport",
     "TensorReport",
@@ -106,7 +111,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_", "Checkpoints"]
+    "function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_", "Checkpoints", "prove"]
 )
 def test_a_docstring_names_every_argument(function: str) -> None:
     text = inspect.getdoc(getattr(orthoserde, function)) or ""
@@ -132,6 +137,12 @@ def test_the_examples_in_docstrings_run() -> None:
             assert result.failed == 0, name
             attempted += result.attempted
     assert attempted > 0
+
+
+def test_grades_are_ordered() -> None:
+    grades = orthoserde.Grade
+    assert grades.BIT_EXACT > grades.WITHIN > grades.DETERMINISTIC > grades.DIVERGES
+    assert [str(grade) for grade in grades] == ["diverges", "deterministic", "within", "bit-exact"]
 
 
 def test_importing_the_package_imports_nothing_heavy_beside_torch() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import orthoserde
+from orthoserde.testing import assert_continues
 
 
 def saving(model: nn.Linear, path: Path) -> None:
@@ -67,6 +68,29 @@ def looking(path: Path) -> None:
     assert_type(report.damaged, tuple[str, ...])
     assert_type(report.residuals, Mapping[str, float | None])
     assert_type(report.not_measured, Mapping[str, str])
+
+
+def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(2, 2)
+    return model, torch.optim.SGD(model.parameters())
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    return torch.zeros(())
+
+
+def proving(path: Path) -> None:
+    proof = orthoserde.prove(path, make, step, reference=[1.0, torch.ones(()), 2], steps=2)
+    assert_type(proof, orthoserde.Proof)
+    assert_type(proof.grade, orthoserde.Grade)
+    assert_type(proof.grade >= orthoserde.Grade.WITHIN, bool)
+    assert_type(proof.first, orthoserde.Difference | None)
+    assert_type(proof.max_difference, float | None)
+    assert_type(proof.losses, tuple[float | None, ...])
+    assert_type(orthoserde.prove("a", make, step, reference=["b", path]).fidelity, orthoserde.Fidelity)
+    assert_type(assert_continues(path, make, step, reference="b", within=1e-5), orthoserde.Proof)
+    orthoserde.prove(path, make, step, [1.0])  # type: ignore[call-arg]
+    orthoserde.prove(path, make(), step)  # type: ignore[arg-type]
 
 
 def walking(model: nn.Module) -> None:

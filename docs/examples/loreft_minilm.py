@@ -215,9 +215,8 @@ def run_uninterrupted(folder: Path, steps: int, texts: int) -> Run:
     training, test = load_data(texts)
     model, optimizer = make(seed=0)
     losses = train(model, optimizer, training, range(steps // 2))
-    print(orthoserde.save(model, folder / "model.safetensors"))
-    # For now the optimizer is saved beside the model; orthoserde's own optimizer saving comes in a later version.
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    print(orthoserde.save(model, folder / "run.safetensors", optimizer=optimizer))
+    orthoserde.save(model, folder / "model.safetensors")  # the model alone, for its size
     save_other_forms(model, folder)
     losses += train(model, optimizer, training, range(steps // 2, steps))
     return Run(losses, accuracy(model, test), largest_residual(model))
@@ -227,8 +226,7 @@ def run_resumed(folder: Path, steps: int, texts: int) -> Run:
     """Resume from ``folder``: what is trained starts from another seed, and the optimizer is there before the load."""
     training, test = load_data(texts)
     model, optimizer = make(seed=1)
-    print(orthoserde.load(model, folder / "model.safetensors"))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
+    print(orthoserde.load(model, folder / "run.safetensors", optimizer=optimizer))
     losses = train(model, optimizer, training, range(steps // 2, steps))
     return Run(losses, accuracy(model, test), largest_residual(model))
 

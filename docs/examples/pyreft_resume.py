@@ -97,8 +97,8 @@ def run_uninterrupted(folder: Path, steps: int) -> Run:
     model, optimizer = make(seed=1)
     first = train(model, optimizer, range(steps // 2))
 
-    orthoserde.save(model, folder / "loreft.safetensors")
-    # For now the optimizer is saved beside the model; orthoserde's own optimizer saving comes in a later version.
+    orthoserde.save(model, folder / "loreft.safetensors")  # the model alone, for its size
+    orthoserde.save(model, folder / "run.safetensors", optimizer=optimizer)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     model.save(str(folder / "pyreft"))
     write(model, folder / "full", form="full")  # the form of pyreft's pull request 179, for its size
@@ -111,13 +111,13 @@ def run_resumed(name: str, folder: Path, steps: int) -> Run:
     """Resume from ``folder``; the interventions start from another seed."""
     model, optimizer = make(seed=2)
     if name == "orthoserde":
-        orthoserde.load(model, folder / "loreft.safetensors")
+        orthoserde.load(model, folder / "run.safetensors", optimizer=optimizer)
     else:
         for key, intervention in model.interventions.items():  # as ReftModel.load does, but with our arguments
             intervention.load_state_dict(torch.load(folder / "pyreft" / f"intkey_{key}.bin"))
         # That made new rotations, so the optimizer that was there before would train the old ones.
         optimizer = torch.optim.Adam(model.get_trainable_parameters(), lr=LEARNING_RATE)
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
     return train(model, optimizer, range(steps // 2, steps))
 
 

@@ -151,10 +151,9 @@ def run_uninterrupted(folder: Path, steps: int) -> Run:
     model, optimizer = make(seed=0)
     first = train(model, optimizer, training, range(steps // 2))
 
-    orthoserde.save(model, folder / "model.safetensors")
-    # For now the optimizer is saved beside the model; orthoserde's own optimizer saving comes in a later version.
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    orthoserde.save(model, folder / "model.safetensors", optimizer=optimizer)
     save_computed_weights(model, folder / "weights-only.pt")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
     second = train(model, optimizer, training, range(steps // 2, steps))
     run = Run(first.losses + second.losses, first.errors + second.errors)
@@ -167,10 +166,10 @@ def run_resumed(name: str, folder: Path, steps: int) -> Run:
     training, test = load_data()
     model, optimizer = make(seed=1)
     if name == "orthoserde":
-        orthoserde.load(model, folder / "model.safetensors")
+        orthoserde.load(model, folder / "model.safetensors", optimizer=optimizer)
     else:
         load_computed_weights(model, folder / "weights-only.pt")
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
 
     run = train(model, optimizer, training, range(steps // 2, steps))
     evaluate(run, model, test)

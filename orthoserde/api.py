@@ -226,13 +226,15 @@ def load(
             instead; anything else that does not fit is refused all the same.
         optimizer: An optimizer to load, or several by the names that they were saved with; made before the load or
             after, in any order of parameters, but with the same groups. Its class, its groups, their options and the
-            shapes of its state are checked before anything changes; then its own ``load_state_dict`` takes them.
+            shapes of its state are checked before anything changes; then its own ``load_state_dict`` takes them, before
+            the model is written. Options of groups, such as ``lr``, become those of the file.
         state: What else to load, by the names of the save: objects are loaded by their ``load_state_dict`` (a
             ``torch.Generator`` by ``set_state``); other entries are replaced by the value in the file, in place. Plain
             values are also in the report.
         rng: Whether the random generators are put into the states of the file, as the last step.
         reset: Names of tensors, parameters or modules whose optimizer state is not loaded and starts afresh, or
-            ``"all"``. It has to name every parametrized tensor of which the file has the computed weight alone.
+            ``"all"``. A group of which every parameter is named keeps its own options. Every parametrized tensor of
+            which the file has the computed weight alone has to be named.
         legacy: What to do where the model has a parametrized tensor and the file its computed weight alone:
 
             - ``"inference"``: start afresh at that weight, with one ``LegacyCheckpointWarning``; a weight that is off

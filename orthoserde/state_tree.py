@@ -5,7 +5,8 @@ A tree is made of None, booleans, integers, floats, strings, tensors, and of lis
 the first five are themselves, but for floats that JSON lacks, and a list is a list. Everything else is an object with
 one key, which says what it is: ``{"float": "nan"}``, ``{"tensor": key}``, ``{"tuple": [...]}``, ``{"dict": [[key,
 value], ...]}``, and ``"counter"`` and ``"ordered_dict"`` like ``"dict"``. So dicts keep their order and keys that are
-numbers, and nothing that a file says names a class. What is anything else is an error, never a pickle.
+numbers, and nothing that a file says names a class. What is anything else is an error, never a pickle. A tensor comes
+back as a plain tensor without gradient, and one that stands in two places as two.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_LEVELS = 16
 
 _MAPPINGS: Mapping[str, Callable[[list[tuple[object, object]]], object]] = {
     "dict": dict,
-    "counter": lambda items: Counter(dict(cast("list[tuple[str, int]]", items))),
+    "counter": lambda items: Counter(cast("dict[object, int]", dict(items))),
     "ordered_dict": OrderedDict,
 }
 _MAPPING_NAMES: Mapping[type, str] = {dict: "dict", Counter: "counter", OrderedDict: "ordered_dict"}
@@ -55,7 +56,7 @@ def encode_tree(value: object, where: str, put: Callable[[str, Tensor], str], le
     if isinstance(value, float):  # a numpy.float64 is one
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if type(value) is str:
-        return _text(value, where)
+        return check_text(value, where)
     if isinstance(value, Tensor):
         return {"tensor": put(where, value)}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
@@ -71,6 +72,7 @@ def encode_tree(value: object, where: str, put: Callable[[str, Tensor], str], le
     raise ConfigError(
         f"{where}: expected tensors, numbers, strings, None, and lists, tuples and dicts of them, "
         f"got a {cls.__module__}.{cls.__qualname__}"
+        + ("; convert it with .item()" if cls.__module__ == "numpy" and cls.__name__ != "ndarray" else "")
     )
 
 
@@ -138,13 +140,13 @@ def _decode_mapping(sort: str, pairs: list[JSON], where: str, tensor: Callable[[
         items.append((key, _decode(pair[1], f"{where}.{key}", tensor, level + 1)))
     if len(dict(items)) != len(items):
         raise FileFormatError(f"{where}: a key stands twice")
-    if sort == "counter" and not all(type(count) is int for _, count in items):
-        raise FileFormatError(f"{where}: expected whole numbers to count with")
     return _MAPPINGS[sort](items)
 
 
 def _encode_key(key: object, where: str) -> JSON:
     if key is None or isinstance(key, (bool, float)) or type(key) in (int, str):
+        if isinstance(key, float) and math.isnan(key):
+            raise ConfigError(f"{where}: nan cannot be a key, for no key equals it")
         return encode_tree(key, where, _no_tensor)
     raise ConfigError(f"{where}: expected strings and numbers for keys, got a {type(key).__qualname__}")
 
@@ -153,7 +155,12 @@ def _no_tensor(where: str, tensor: Tensor) -> str:
     raise ConfigError(f"{where}: a tensor cannot be a key")
 
 
-def _text(value: str, where: str) -> str:
+def check_text(value: str, where: str) -> str:
+    """A string that a file can hold.
+
+    Raises:
+        ConfigError: It is no valid Unicode.
+    """
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -103,7 +103,8 @@ class TrainingRecord:
 
     def __str__(self) -> str:
         parts = [
-            f"optimizer {label} ({len(record.state)} parameters)".replace("  ", " ")
+            f"{f'optimizer {label}' if label else 'optimizer'} "
+            f"({sum(len(group.parameters) for group in record.groups)} parameters)"
             for label, record in self.optimizers.items()
         ]
         parts += list(self.state)

@@ -17,6 +17,7 @@ from orthoserde.state_tree import decode_tree, keys_in
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.training.entries import is_of_torch, odd_entry, spans_parameters
 from orthoserde.training.optimizers import numbered, options_of, place_of
+from orthoserde.training.undo import Undo
 from orthoserde.training_record import GroupRecord, OptimizerRecord
 
 ALL = "all"
@@ -24,7 +25,6 @@ ALL = "all"
 #: Options that schedulers add to groups, which an optimizer without one does not have.
 SCHEDULED = frozenset({"initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"})
 
-Undo = Callable[[], None]
 GetTensor = Callable[[str], Tensor]
 
 
@@ -86,6 +86,8 @@ class OptimizerPlan:
         record: What the file has.
         numbers: By name in the file, the number and parameter of this optimizer.
         groups: For each of its groups, that of the file, None where all of it starts afresh.
+        same_dtype: Names of the parameters that have the dtype with which they were saved.
+        whole: Whether state that belongs to no parameter is loaded too, which it is unless all starts afresh.
     """
 
     label: str
@@ -94,6 +96,7 @@ class OptimizerPlan:
     numbers: dict[str, tuple[int, Tensor]]
     groups: list[GroupRecord | None]
     same_dtype: frozenset[str]
+    whole: bool
     _loaded: dict[str, Any] = field(default_factory=dict)
 
     def tensor_keys(self) -> Iterator[str]:
@@ -105,7 +108,8 @@ class OptimizerPlan:
         for name in self.numbers:
             if name in self.record.state:
                 yield from keys_in(self.record.state[name], where)
-        yield from keys_in(self.record.rest, where)
+        if self.whole:
+            yield from keys_in(self.record.rest, where)
 
     def decode(self, tensor: GetTensor) -> None:
         """Make the state that its ``load_state_dict`` will be given."""
@@ -120,14 +124,13 @@ class OptimizerPlan:
             for name, (number, _) in self.numbers.items()
             if name in self.record.state
         }
-        rest = _mapping(decode_tree(self.record.rest, where, tensor), where)
-        self._loaded = {**_mapping(rest["rest"], where), "state": {**state, **_mapping(rest["shared"], where)}}
-        self._loaded["param_groups"] = groups
+        more, shared = _parts_of_rest(self.record, where, tensor) if self.whole else ({}, {})
+        self._loaded = {**more, "state": {**shared, **state}, "param_groups": groups}
 
     def snapshot(self) -> Undo:
         """Remember what the optimizer has; the result gives it back."""
-        optimizer = self.optimizer
-        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+        optimizer: Any = self.optimizer
+        if not isinstance(optimizer, Optimizer):  # a wrapper, whose inside is not known
             before = copy.deepcopy(optimizer.state_dict())
             return lambda: optimizer.load_state_dict(before)
         attributes = dict(vars(optimizer))
@@ -157,10 +160,8 @@ class OptimizerPlan:
             live, stored = self.optimizer.state.get(parameter), expected.get(number)
             if not isinstance(live, dict) or not isinstance(stored, dict):
                 continue
-            for entry, tensor in stored.items():
-                now = live.get(entry)
-                if isinstance(tensor, Tensor) and isinstance(now, Tensor) and now.dtype != tensor.dtype:
-                    live[entry] = tensor.to(now.device)
+            for entry in stored.keys() & live.keys():
+                live[entry] = _unrounded(live[entry], stored[entry])
 
 
 def match_optimizer(
@@ -190,6 +191,7 @@ def match_optimizer(
     numbers: dict[str, tuple[int, Tensor]] = {}
     charts: dict[str, None] = {}
     own_groups: list[set[str]] = []
+    seen: set[str] = set()
     reverse = {id(parameter): number for number, parameter in numbered(optimizer, optimizer.state_dict()).items()}
     for i, group in enumerate(optimizer.param_groups):
         own_groups.append(set())
@@ -200,24 +202,33 @@ def match_optimizer(
                     f"number {j} of group {i}, of shape {list(parameter.shape)}, is no parameter of the model, or no "
                     "longer after this load; make the optimizer from the model's parameters, if need be after the load"
                 )
-            elif not wanted.is_reset(name):
-                chart = wanted.chart_of(name)
+            elif name in seen:
+                mismatch(f"two parameters here are {name} in the file, which is one; tie them as they were saved")
+            else:
+                seen.add(name)
+                own_groups[-1].add(name)
+                chart = None if wanted.is_reset(name) else wanted.chart_of(name)
                 if chart is not None:
                     charts[chart] = None
-                    continue
-                own_groups[-1].add(name)
-                numbers[name] = (reverse[id(parameter)], parameter)
+                elif not wanted.is_reset(name):
+                    numbers[name] = (reverse[id(parameter)], parameter)
     for chart in charts:
         mismatch(
             f"the file has the computed weight of {chart} alone, so that its state belongs to other coordinates; start "
             f"it afresh with reset=[{chart!r}]"
         )
-    left = [
-        {name for name in group.parameters if not wanted.is_reset(name) and wanted.chart_of(name) is None}
-        for group in record.groups
-    ]
-    groups = _matched_groups(own_groups, left, record, mismatch)
-    plan = OptimizerPlan(label, optimizer, record, numbers, groups, frozenset(_same_dtypes(numbers, wanted.manifest)))
+    for name in by_name:
+        wanted.is_reset(name)  # a name that only the file has is a name to reset too
+    afresh = {name for name in (*seen, *by_name) if wanted.is_reset(name) or wanted.chart_of(name) is not None}
+    groups = _matched_groups(own_groups, afresh, record, mismatch)
+    plan = OptimizerPlan(
+        *(label, optimizer, record, numbers, groups),
+        frozenset(_same_dtypes(numbers, wanted.manifest)),
+        whole=ALL not in wanted.reset,
+    )
+    taken = {number for number, _ in numbers.values()} & _parts_of_rest(record, where, wanted.described)[1].keys()
+    if taken:
+        mismatch("the file has state of no parameter under the number of one")
     if theirs == ours:
         _check_options(plan, wanted.described, mismatch)
         _check_state(plan, wanted.described, mismatch)
@@ -225,30 +236,36 @@ def match_optimizer(
 
 
 def _matched_groups(
-    own: list[set[str]], theirs: list[set[str]], record: OptimizerRecord, mismatch: Callable[[str], None]
+    own: list[set[str]], afresh: set[str], record: OptimizerRecord, mismatch: Callable[[str], None]
 ) -> list[GroupRecord | None]:
-    """For each of our groups, the one of the file with the same parameters."""
-    ours_all, theirs_all = set().union(*own), set().union(*theirs)
+    """For each of our groups, the one of the file with the same parameters; None where all of them start afresh.
+
+    Parameters that start afresh need not be in the same group, nor on both sides.
+    """
+    theirs = [set(group.parameters) for group in record.groups]
+    ours_all, theirs_all = set().union(*own) - afresh, set().union(*theirs) - afresh
     if ours_all != theirs_all:
         for text, names in (("not in the file", ours_all - theirs_all), ("not in this one", theirs_all - ours_all)):
             if names:
                 mismatch(f"parameters that are {text}: {shorten(sorted(names))}; reset= names those to start afresh")
         return [None] * len(own)
-    open_groups = dict(enumerate(theirs))
+    open_groups: dict[frozenset[str], list[int]] = {}
+    for j, names in enumerate(theirs):
+        open_groups.setdefault(frozenset(names - afresh), []).append(j)
     found: list[GroupRecord | None] = []
     for i, names in enumerate(own):
-        # Where groups are alike (all reset, or empty), the place decides.
-        order = sorted(open_groups, key=lambda j, i=i: (j != i, j))  # type: ignore[misc]
-        match = next((j for j in order if open_groups[j] == names), None)
-        if match is None:
+        left = open_groups.get(frozenset(names - afresh), [])
+        if names <= afresh and names:
+            found.append(None)  # it keeps its own options
+        elif not left:
             if names:
                 mismatch(f"group {i} has other parameters than any group in the file; group them as they were saved")
             found.append(None)
         else:
-            del open_groups[match]
-            found.append(record.groups[match])
-    if any(open_groups.values()):
-        mismatch(f"the file has {len(theirs)} groups, this one {len(own)}; group them as they were saved")
+            # Only groups without parameters can be alike; then the place decides.
+            j = i if i in left else left[0]
+            left.remove(j)
+            found.append(record.groups[j])
     return found
 
 
@@ -281,8 +298,13 @@ def _check_state(plan: OptimizerPlan, described: GetTensor, mismatch: Callable[[
         spanning = spanning or spans_parameters(entries, parameter.numel())
     if spanning:
         theirs = [name for group in plan.record.groups for name in group.parameters]
-        if theirs != list(plan.numbers):
-            mismatch(f"a {_name(plan)} keeps state of all parameters in one, and their order is not that of the file")
+        if set(theirs) != plan.numbers.keys():
+            mismatch(f"a {_name(plan)} seems to keep state of several parameters in one; reset='all', or none of it")
+        elif theirs != list(plan.numbers):
+            mismatch(
+                f"a {_name(plan)} seems to keep state of several parameters in one, and their order is not that of the "
+                "file; make it from the parameters in the same order"
+            )
 
 
 def _name(plan: OptimizerPlan) -> str:
@@ -293,23 +315,50 @@ def _same_dtypes(numbers: Mapping[str, tuple[int, Tensor]], manifest: Manifest) 
     """Names of the parameters that have the dtype with which they were saved."""
     for name, (_, parameter) in numbers.items():
         stored = manifest.tensors.get(name)
-        if stored is None or DTYPES[stored.dtype] == parameter.dtype:
+        if stored is not None and DTYPES[stored.dtype] == parameter.dtype:
             yield name
 
 
 def _alike(own: object, value: object) -> bool:
     """Whether an option can have such a value: numbers stay numbers, sequences keep their length."""
-    if own is None or value is None:
-        return True
-    if isinstance(own, bool) or isinstance(value, bool):
-        return isinstance(own, bool) and isinstance(value, bool)
     numbers = (int, float, Tensor)
+    if own is None:
+        return True
+    if isinstance(own, bool):
+        return value is None or isinstance(value, bool)
     if isinstance(own, numbers):
-        return isinstance(value, numbers) and (not isinstance(value, Tensor) or value.numel() == 1)
+        one = isinstance(value, numbers) and not isinstance(value, bool)
+        return one and (not isinstance(value, Tensor) or value.numel() == 1)
     if isinstance(own, (list, tuple)):
         same = isinstance(value, (list, tuple)) and len(own) == len(value)
         return same and all(_alike(one, other) for one, other in zip(own, cast("list[object]", value), strict=True))
-    return isinstance(value, type(own))
+    return value is None or isinstance(value, type(own))
+
+
+def _parts_of_rest(record: OptimizerRecord, where: str, tensor: GetTensor) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What else a ``state_dict`` had, and what of its state was no parameter's.
+
+    Raises:
+        FileFormatError: The file has something else there.
+    """
+    rest = _mapping(decode_tree(record.rest, f"{where}.rest", tensor), f"{where}.rest")
+    if rest.keys() != {"rest", "shared"}:
+        raise FileFormatError(f"{where}.rest: expected rest and shared, got {shorten([str(key) for key in rest])}")
+    return _mapping(rest["rest"], f"{where}.rest"), _mapping(rest["shared"], f"{where}.rest")
+
+
+def _unrounded(live: object, stored: object) -> object:
+    """State as it was loaded, with the tensors that were cast to another dtype as they were saved."""
+    if isinstance(live, Tensor) and isinstance(stored, Tensor):
+        return live if live.dtype == stored.dtype else stored.to(live.device)
+    if isinstance(live, dict) and isinstance(stored, dict):
+        for key in live.keys() & stored.keys():
+            live[key] = _unrounded(live[key], stored[key])
+    elif isinstance(live, list) and isinstance(stored, list) and len(live) == len(stored):
+        live[:] = map(_unrounded, live, stored)
+    elif type(live) is tuple and isinstance(stored, tuple) and len(live) == len(stored):
+        return tuple(map(_unrounded, live, stored))
+    return live
 
 
 def covers(name: str, key: str) -> bool:

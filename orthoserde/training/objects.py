@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from torch.optim import Optimizer
 
-from orthoserde.state_tree import encode_tree
+from orthoserde.errors import ConfigError
+from orthoserde.state_tree import check_text, encode_tree
 from orthoserde.training.optimizers import class_name
 from orthoserde.training.sources import Sources
+from orthoserde.training.undo import Undo
 from orthoserde.training_record import StateRecord
 
 
@@ -19,6 +23,15 @@ def is_object(value: object) -> bool:
     return isinstance(value, torch.Generator) or (
         not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
     )
+
+
+def misplaced(value: object) -> str:
+    """Why an object has to be given in another way; empty if it has not."""
+    if isinstance(value, Optimizer):
+        return "an optimizer goes into optimizer=, by the names of its parameters; here it would go by their numbers"
+    if value is torch.default_generator or any(value is each for each in torch.cuda.default_generators):
+        return "a global random generator; save and load it with rng=True"
+    return ""
 
 
 def state_of(value: Any) -> object:
@@ -32,6 +45,22 @@ def set_state(value: Any, state: object) -> None:
         value.set_state(cast("torch.Tensor", state))
     else:
         value.load_state_dict(state)
+
+
+def snapshot_of(value: Any) -> Undo:
+    """Remember what an object has; the result gives it back: its state, and what else its attributes were."""
+    before = copy.deepcopy(state_of(value))
+    attributes = dict(vars(value)) if hasattr(value, "__dict__") else None
+
+    def undo() -> None:
+        try:
+            set_state(value, before)
+        finally:
+            if attributes is not None:
+                vars(value).clear()
+                vars(value).update(attributes)
+
+    return undo
 
 
 def records_of(state: Mapping[str, object], sources: Sources) -> dict[str, StateRecord]:
@@ -50,6 +79,10 @@ def records_of(state: Mapping[str, object], sources: Sources) -> dict[str, State
         raise TypeError("state: expected a mapping of names to objects and values")
     records: dict[str, StateRecord] = {}
     for name, value in state.items():
+        check_text(name, f"state.{name!r}")
+        obstacle = misplaced(value)
+        if obstacle:
+            raise ConfigError(f"state.{name}: {obstacle}")
         name_of_class = class_name(type(value)) if is_object(value) else None
         tree = state_of(value) if is_object(value) else value
         records[name] = StateRecord(name_of_class, encode_tree(tree, f"state.{name}", sources.put))

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
-from orthoserde.state_tree import encode_tree
+from orthoserde.state_tree import check_text, encode_tree
 from orthoserde.training.sources import Sources
 from orthoserde.training_record import GroupRecord, OptimizerRecord
 
@@ -40,7 +40,8 @@ def labelled(optimizer: object) -> dict[str, Optimizer]:
     for label, each in found.items():
         if not isinstance(label, str) or (isinstance(optimizer, Mapping) and not label):
             raise TypeError(f"optimizer: expected names for optimizers, got {label!r}")
-        if not all(hasattr(each, name) for name in ("state_dict", "load_state_dict", _GROUPS)):
+        check_text(label, f"optimizer.{label!r}")
+        if not all(hasattr(each, name) for name in ("state_dict", "load_state_dict", _GROUPS, _STATE)):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")
     return {cast("str", label): _unwrapped(cast("Optimizer", each)) for label, each in found.items()}
 

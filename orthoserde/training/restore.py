@@ -2,13 +2,14 @@
 
 Note [Undo]
 The model is written last, because that cannot be undone. Optimizers and objects are loaded before, by their own
-``load_state_dict``, and given back what they had if one of them, or the structure of the model, refuses after all.
+``load_state_dict``, and given back what they had if one of them, or the structure of the model, refuses after all. So a
+hook of an optimizer that looks at its parameters sees those of before the load.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -21,13 +22,13 @@ from orthoserde.errors import FileFormatError, IncompatibleModelError, Problem
 from orthoserde.manifest import Manifest
 from orthoserde.state_tree import decode_tree
 from orthoserde.tensor_bytes import DTYPES
+from orthoserde.training import rng as generators
 from orthoserde.training.matching import OptimizerPlan, Wanted, match_optimizer
-from orthoserde.training.objects import is_object, set_state, state_of
+from orthoserde.training.objects import is_object, misplaced, set_state, snapshot_of
 from orthoserde.training.optimizers import class_name, labelled, place_of
 from orthoserde.training.rng import States
+from orthoserde.training.undo import Undo, undo_all
 from orthoserde.training_record import TrainingRecord
-
-Undo = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Targets:
         """
         if state is not None and not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
             raise TypeError("state: expected a mapping of names to objects and values")
+        if state is not None and not isinstance(state, MutableMapping) and not all(map(is_object, state.values())):
+            raise TypeError("state: expected a dict, into which plain values can be put")
         names = (reset,) if isinstance(reset, str) else tuple(reset)
         if not all(isinstance(name, str) for name in names):
             raise TypeError("reset: expected names of tensors, or 'all'")
@@ -69,6 +72,8 @@ class TrainingPlan:
     """All that a load would do with training state.
 
     Attributes:
+        targets: What it is loaded into.
+        record: What the file has.
         problems: What keeps it from being done.
         optimizers: What is loaded into each optimizer.
         objects: Names of the objects that are loaded.
@@ -82,6 +87,8 @@ class TrainingPlan:
     objects: list[str] = field(default_factory=list)
     values: dict[str, object] = field(default_factory=dict)
     _generators: States | None = None
+    _moved: States | None = None
+    _filled: dict[str, object] = field(default_factory=dict)
     _trees: dict[str, object] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, *, verify: bool) -> None:
@@ -99,6 +106,8 @@ class TrainingPlan:
                 self._trees[name] = decode_tree(entry.value, f"state.{name}", tensors.__getitem__)
             elif entry.class_name is None:
                 self.values[name] = decode_tree(entry.value, f"state.{name}", tensors.__getitem__)
+        wanted = [name for name in self.targets.state if name not in self.objects]
+        self._filled = {name: copy.deepcopy(self.values[name]) for name in wanted}
         if self.targets.rng:
             try:
                 self._generators = States(decode_tree(self.record.rng, "rng", tensors.__getitem__))
@@ -129,43 +138,48 @@ class TrainingPlan:
             What gives them back what they had.
 
         Raises:
-            IncompatibleModelError: One of them refused; all of them are as they were.
+            IncompatibleModelError: One of them refused; all of them are as they were, or the error names those that
+                could not be given back what they had.
         """
-        done: list[Undo] = []
-
-        def undo() -> None:
-            for step in reversed(done):
-                step()
-
-        where = ""
+        done: list[tuple[str, Undo]] = []
+        where, before = "", generators.fingerprint()
         try:
             for plan in self.optimizers:
                 where = place_of(plan.label)
-                done.append(plan.snapshot())
+                done.append((where, plan.snapshot()))
                 plan.load()
             for name in self.objects:
                 where = f"state.{name}"
                 target = self.targets.state[name]
-                before = copy.deepcopy(state_of(target))
-                done.append(lambda target=target, before=before: set_state(target, before))  # type: ignore[misc]
+                done.append((where, snapshot_of(target)))
                 set_state(target, self._trees[name])
         except BaseException as error:
-            undo()
+            failures = undo_all(done)
             if isinstance(error, Exception):
                 text = f"its load_state_dict refused: {type(error).__name__}: {error}"
-                problem = Problem(where, "mismatch", text)
-                raise IncompatibleModelError("the training state does not fit", [problem]) from error
+                problems = [Problem(where, "mismatch", text)]
+                problems += [Problem(each, "mismatch", "could not be given back what it had") for each in failures]
+                raise IncompatibleModelError("the training state does not fit", problems) from error
             raise
+        if generators.fingerprint() != before:
+            self._moved = States(generators.states())
+
+        def undo() -> None:
+            undo_all(done)
+
         return undo
 
     def finish(self) -> None:
-        """Put plain values into the caller's mapping, and the generators into their states; neither can fail."""
+        """Put plain values into the caller's mapping, and the generators into their states.
+
+        Generators that an object has moved while it was loaded are where it left them, unless those of the file are
+        wanted.
+        """
         if isinstance(self.targets.state, MutableMapping):
-            for name in self.targets.state:
-                if name not in self.objects:
-                    self.targets.state[name] = copy.deepcopy(self.values[name])
-        if self._generators is not None:
-            self._generators.set()
+            self.targets.state.update(self._filled)
+        after = self._generators or self._moved
+        if after is not None:
+            after.set()
 
 
 def plan_training(
@@ -217,6 +231,8 @@ def _absent(record: TrainingRecord, origin: str, label: str) -> str:
 
 
 def _odd_state(record: TrainingRecord, name: str, target: object) -> str:
+    if misplaced(target):
+        return misplaced(target)
     if name not in record.state:
         return f"the file holds none of this name; it has {', '.join(record.state) or 'no state of yours'}"
     stored = record.state[name].class_name

@@ -24,6 +24,7 @@ from orthoserde.errors import (
     OrthoserdeError,
     Problem,
     RegistrationError,
+    TrainingTrapWarning,
     UnsupportedModuleError,
 )
 from orthoserde.manifest import Manifest
@@ -33,11 +34,14 @@ from orthoserde.reports import (
     CanonicalizeReport,
     ChartReport,
     Fidelity,
+    Finding,
     LoadReport,
     SaveReport,
+    Severity,
     TensorReport,
     VerifyReport,
 )
+from orthoserde.traps import diagnose
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "Fidelity",
     "FileAccessError",
     "FileFormatError",
+    "Finding",
     "FormatVersionError",
     "IncompatibleModelError",
     "LegacyCheckpointWarning",
@@ -65,13 +70,16 @@ __all__ = [
     "RegistrationError",
     "Registry",
     "SaveReport",
+    "Severity",
     "TensorReport",
+    "TrainingTrapWarning",
     "UnsupportedModuleError",
     "VerifyReport",
     "__version__",
     "build",
     "canonicalize_",
     "default_registry",
+    "diagnose",
     "inspect",
     "load",
     "orthogonal",

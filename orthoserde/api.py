@@ -20,6 +20,7 @@ from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
 from orthoserde.transforms import compact, compact_all
+from orthoserde.traps import warn_of_traps
 from orthoserde.walk import module_types
 
 #: Kinds that are registered when the integration is imported, which a file that names one asks for.
@@ -110,6 +111,7 @@ def save(
     sink = sink_of(debug)
     watch = None if sink is None else Watch("save", model, registry)
     captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
+    warn_of_traps(model)
     with _STORED[base](captured) as checkpoint:
         file_bytes = storage.write(checkpoint, path)
         report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
@@ -190,6 +192,7 @@ def load(
             device=device,
             verify=verify,
         )
+    warn_of_traps(model)
     if sink is not None and watch is not None:
         watch.report(sink)
     return report

@@ -33,6 +33,8 @@ FLOORS = {
     "transforms": 2,
     "charts": 3,
     "rechart": 3,
+    "probe": 2,
+    "traps": 3,
     "walk": 2,
     "names": 2,
     "scope": 2,
@@ -74,6 +76,7 @@ SIDEWAYS = {
     ("transforms", "parametrizations"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),
+    ("probe", "parametrizations"),
     ("__main__", "cli"),
 }
 

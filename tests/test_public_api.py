@@ -29,6 +29,7 @@ SIGNATURES = {
     "verify": "(path, *, registry=None)",
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
+    "diagnose": "(model, optimizer=None)",
     "canonicalize_": "(model, *, optimizer=None, reset_state=False)",
     "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True, structured=False)",
 }
@@ -55,6 +56,7 @@ VALUES = {
     "ChartReport",
     "Codec",
     "Fidelity",
+    "Finding",
     "LegacyCheckpointWarning",
     "LoadReport",
     "Manifest",
@@ -62,7 +64,9 @@ VALUES = {
     "Problem",
     "Registry",
     "SaveReport",
+    "Severity",
     "TensorReport",
+    "TrainingTrapWarning",
     "VerifyReport",
     "__version__",
     "default_registry",
@@ -101,7 +105,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(orthoserde, name))
 
 
-@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_"])
+@pytest.mark.parametrize("function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_", "diagnose"])
 def test_a_docstring_names_every_argument(function: str) -> None:
     text = inspect.getdoc(getattr(orthoserde, function)) or ""
     for parameter in inspect.signature(getattr(orthoserde, function)).parameters:

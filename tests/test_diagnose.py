@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.swa_utils import AveragedModel
 
 import orthoserde
@@ -145,6 +145,7 @@ def test_larger_weights_in_double_and_complex_have_no_findings() -> None:
         (Adam, {"weight_decay": 1e-2}),
         (AdamW, {}),
         (RMSprop, {"weight_decay": 1e-2}),
+        (ASGD, {"lr": 0.01}),
     ],
 )
 def test_weight_decay_zeroes_a_householder_weight_in_one_step(
@@ -168,6 +169,15 @@ def test_a_group_without_decay_is_no_trap() -> None:
     ]
     made = AdamW(groups)
     assert diagnose(model, made) == []
+    train(model, made)
+    assert off(weight_of(model)) < 1e-5
+
+
+def test_weight_decay_leaves_a_frozen_weight_alone() -> None:
+    model = householder()
+    original_of(model).requires_grad_(False)
+    made = AdamW(model.parameters())
+    assert codes(diagnose(model, made)) == [("", "frozen-in-optimizer", Severity.NOTICE)]
     train(model, made)
     assert off(weight_of(model)) < 1e-5
 
@@ -494,11 +504,21 @@ def test_what_is_no_module_is_refused() -> None:
 
 def test_meta_tensors_are_named_and_not_looked_into() -> None:
     with torch.device("meta"):
-        model = nn.Sequential(householder(), weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+        model = nn.Sequential(orthogonal(nn.Linear(8, 4)), weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    assert link_of(model[0]).base is None  # which a load makes
     assert codes(diagnose(model)) == [
         ("0.weight", "not-measured", Severity.NOTICE),
         ("1.weight", "not-measured", Severity.NOTICE),
     ]
+
+
+def test_tensors_of_every_sort_are_let_be() -> None:
+    lazy = nn.LazyLinear(3)
+    model = nn.Sequential(lazy, orthogonal(nn.Linear(8, 4)))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("none", None)
+    assert diagnose(model, SGD(model.parameters(), lr=0.1)) == []
+    assert codes(diagnose(model, SGD([*lazy.parameters()], lr=0.1))) == [("", "not-in-optimizer", Severity.NOTICE)]
 
 
 def test_nothing_is_disturbed(tmp_path: Path) -> None:
@@ -561,6 +581,12 @@ def test_a_probe_tells_rounding_from_damage(n: int, dtype: torch.dtype) -> None:
     assert off_orthonormal(torch.zeros(0, 0)) is None
 
 
+def test_a_probe_finds_a_small_damage_that_is_everywhere() -> None:
+    matrix = torch.linalg.qr(torch.randn(300, 300)).Q
+    assert off_orthonormal(matrix * (1 + 5 * 300**0.5 * torch.finfo(torch.float32).eps)) is None
+    assert off_orthonormal(matrix * (1 + 25 * 300**0.5 * torch.finfo(torch.float32).eps)) is not None
+
+
 # --- what a save and a load say
 
 
@@ -604,10 +630,12 @@ def test_a_load_warns_of_what_was_loaded(tmp_path: Path) -> None:
     orthoserde.load(model, tmp_path / "sound")
 
 
-def test_a_warning_that_is_an_error_comes_before_the_file() -> None:
-    model = householder()
-    with pytest.raises(TrainingTrapWarning, match="weight-decay-householder"):
-        warn_of_traps(model, AdamW(model.parameters()))
+def test_a_warning_knows_the_optimizer_and_says_what_is_serious_alone() -> None:
+    model = nn.Sequential(householder(), orthogonal(nn.Linear(8, 4), orthogonal_map="cayley"))
+    warn_of_traps(model, SGD(model.parameters(), lr=0.1))
+    with pytest.warns(TrainingTrapWarning, match="weight-decay-householder") as caught:
+        warn_of_traps(model, {"all": AdamW(model.parameters())})
+    assert "weight-decay-orthogonal" not in str(caught[0].message)
 
 
 def test_a_save_under_an_error_filter_writes_nothing(tmp_path: Path) -> None:

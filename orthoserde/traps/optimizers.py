@@ -21,6 +21,9 @@ _MOMENTS = frozenset(
     {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "exp_inf"}
 )
 
+#: Settings by which optimizers shrink parameters, whatever the gradient; ASGD of torch has ``lambd``, 1e-4 by default.
+_DECAYS = ("weight_decay", "lambd")
+
 
 @dataclass(frozen=True)
 class Held:
@@ -82,25 +85,26 @@ def held_by(optimizers: Mapping[str, Optimizer]) -> dict[int, list[Held]]:
 def steps_of(where: str, orthogonal_map: str, held: Iterable[Held]) -> Iterator[Finding]:
     """What the steps of optimizers do to the original of an orthogonal weight."""
     for each in held:
-        decay, rate = each.number("weight_decay"), each.number("lr")
+        setting = next((name for name in _DECAYS if each.number(name)), "")
+        decay, rate = each.number(setting), each.number("lr")
         moved = each.parameter.requires_grad or each.parameter.grad is not None
         if decay and moved and orthogonal_map == "householder":
             yield Finding(
                 where,
                 Severity.SERIOUS,
                 "weight-decay-householder",
-                f"{each.label} decays its original (weight_decay {decay:g}, lr {rate:g}): that takes the diagonal off "
+                f"{each.label} decays its original ({setting} {decay:g}, lr {rate:g}): that takes the diagonal off "
                 "+-1, torch reads the diagonal as integers, and the whole weight is zero after one step",
-                "put its original into a parameter group with weight_decay=0",
+                f"put its original into a parameter group with {setting}=0",
             )
         elif decay and moved:
             yield Finding(
                 where,
                 Severity.NOTICE,
                 "weight-decay-orthogonal",
-                f"{each.label} decays its original (weight_decay {decay:g}): the weight stays orthogonal, and is drawn "
+                f"{each.label} decays its original ({setting} {decay:g}): the weight stays orthogonal, and is drawn "
                 "to its base, the value that it was registered with, not to zero",
-                "use weight_decay=0 for it, unless that is meant",
+                f"use {setting}=0 for it, unless that is meant",
             )
         if (
             moved

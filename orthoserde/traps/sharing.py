@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch.nn.parameter import is_lazy
+
 from orthoserde import _torch
 from orthoserde.reports import Finding, Severity, shorten
 from orthoserde.traps.state import is_orthogonal
@@ -14,7 +16,7 @@ def tied_originals(inventory: Inventory) -> Iterator[Finding]:
     """Originals that are parameters of another place as well."""
     groups: dict[object, dict[tuple[int, str], Slot]] = {}
     for slot in inventory.slots.values():
-        if slot.tensor is not None:
+        if slot.tensor is not None and not is_lazy(slot.tensor):
             # A module in several places is one place: its tensors are not tied to each other.
             groups.setdefault(identity(slot.tensor), {}).setdefault((id(slot.module), slot.name), slot)
     for record in inventory.parametrized:

@@ -26,6 +26,7 @@ from orthoserde.errors import (
     Problem,
     ProofError,
     RegistrationError,
+    TrainingTrapWarning,
     UnsupportedModuleError,
 )
 from orthoserde.folder import Checkpoints
@@ -37,11 +38,14 @@ from orthoserde.reports import (
     CanonicalizeReport,
     ChartReport,
     Fidelity,
+    Finding,
     LoadReport,
     SaveReport,
+    Severity,
     TensorReport,
     VerifyReport,
 )
+from orthoserde.traps import diagnose
 from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "Fidelity",
     "FileAccessError",
     "FileFormatError",
+    "Finding",
     "FormatVersionError",
     "Grade",
     "IncompatibleModelError",
@@ -75,13 +80,16 @@ __all__ = [
     "RegistrationError",
     "Registry",
     "SaveReport",
+    "Severity",
     "TensorReport",
+    "TrainingTrapWarning",
     "UnsupportedModuleError",
     "VerifyReport",
     "__version__",
     "build",
     "canonicalize_",
     "default_registry",
+    "diagnose",
     "inspect",
     "load",
     "orthogonal",

@@ -158,6 +158,19 @@ def parametrization_lists(module: nn.Module) -> dict[str, parametrize.Parametriz
     }
 
 
+def all_parametrizations(model: nn.Module) -> Iterator[parametrize.ParametrizationList]:
+    """Every ParametrizationList in a model, once, without names: a fraction of the time of a walk."""
+    seen: set[int] = set()
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            if isinstance(module, parametrize.ParametrizationList):
+                yield module
+            pending.extend(child for child in module._modules.values() if child is not None)
+
+
 def original_names(parametrized: parametrize.ParametrizationList) -> list[str]:
     """Names of the unconstrained tensors: ``original``, or ``original0``, ``original1``, ..."""
     if parametrized.is_tensor:
@@ -170,6 +183,29 @@ def class_before_parametrizations(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
     # Registering makes a class on the fly, of which the class before is the one base.
     return cls.__bases__[0] if parametrization_lists(module) else cls
+
+
+def is_caching() -> bool:
+    """Whether this is inside of ``parametrize.cached()``."""
+    return parametrize._cache_enabled > 0
+
+
+def caches_for_another(module: nn.Module, tensor_name: str) -> bool:
+    """Whether ``parametrize.cached()`` keeps the weight under the id of another module, of which this is a copy.
+
+    ``_inject_property`` closes over the module; where a torch release does that otherwise, the answer is no.
+    """
+    found: object = vars(type(module)).get(tensor_name)
+    for name in ("fget", "get_cached_parametrization", "module"):
+        found = getattr(found, name, None) if isinstance(found, property) else _closed_over(found, name)
+    return isinstance(found, nn.Module) and found is not module
+
+
+def _closed_over(function: object, name: str) -> object:
+    """What a function has taken from around it under a name; None where there is nothing of that name."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    cells = getattr(function, "__closure__", None) or ()
+    return dict(zip(names, cells, strict=True))[name].cell_contents if name in names else None
 
 
 def forget_cached(module: nn.Module, tensor_name: str) -> None:
@@ -229,6 +265,16 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
         return torch.autocast(device_type, enabled=False)
     except RuntimeError:  # torch knows no autocast for this type of device (meta), so there is none to leave
         return contextlib.nullcontext()
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # torch 2.3 has one function for each
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+    except RuntimeError:  # torch knows no autocast for this type of device (meta)
+        return False
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
-from orthoserde.training import Targets, with_training
+from orthoserde.training import Targets, labelled, with_training
 from orthoserde.transforms import compact, compact_all
+from orthoserde.traps import warn_of_traps
 from orthoserde.walk import module_types
 
 #: Kinds that are registered when the integration is imported, which a file that names one asks for.
@@ -131,6 +132,7 @@ def save(
         registry=registry,
         debug=debug,
     )
+    warn_of_traps(model, labelled(optimizer))
     return prepared.write(path)
 
 
@@ -284,6 +286,7 @@ def load(
             verify=verify,
             training=training,
         )
+    warn_of_traps(model, training.optimizers)
     if sink is not None and watch is not None:
         watch.report(sink)
     return report

@@ -191,3 +191,7 @@ def render(message: str, problems: Sequence[Problem]) -> str:
 
 class LegacyCheckpointWarning(UserWarning):
     """Only computed weights were in the file: training starts in a new chart, at that weight."""
+
+
+class TrainingTrapWarning(UserWarning):
+    """The model that is saved, or that was loaded, will not train as it should; ``orthoserde.diagnose`` says more."""

@@ -26,6 +26,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.filterwarnings("error::orthoserde.TrainingTrapWarning")
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -35,6 +35,8 @@ FLOORS = {
     "transforms": 2,
     "charts": 3,
     "rechart": 3,
+    "probe": 2,
+    "traps": 3,
     "walk": 2,
     "names": 2,
     "scope": 2,
@@ -91,6 +93,7 @@ SIDEWAYS = {
     ("evaluate", "walk"),
     ("__init__", "folder"),
     ("proof", "api"),
+    ("probe", "parametrizations"),
     ("__main__", "cli"),
 }
 

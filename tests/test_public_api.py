@@ -32,6 +32,7 @@ SIGNATURES = {
     "verify": "(path, *, registry=None)",
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
+    "diagnose": "(model, optimizer=None)",
     "canonicalize_": "(model, *, optimizer=None, reset_state=False)",
     "Checkpoints": "(folder, *, keep=3, mode='min', prefix='step')",
     "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True, structured=False)",
@@ -62,6 +63,7 @@ VALUES = {
     "Codec",
     "Difference",
     "Fidelity",
+    "Finding",
     "Grade",
     "LegacyCheckpointWarning",
     "LoadReport",
@@ -71,7 +73,9 @@ VALUES = {
     "Proof",
     "Registry",
     "SaveReport",
+    "Severity",
     "TensorReport",
+    "TrainingTrapWarning",
     "VerifyReport",
     "__version__",
     "default_registry",
@@ -111,7 +115,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_", "Checkpoints", "prove"]
+    "function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_", "Checkpoints", "prove", "diagnose"]
 )
 def test_a_docstring_names_every_argument(function: str) -> None:
     text = inspect.getdoc(getattr(orthoserde, function)) or ""

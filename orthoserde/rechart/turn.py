@@ -9,22 +9,12 @@ below. A gradient turns as X does, and so do weighted sums of gradients and X: t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
 from orthoserde.completion import Completion, matrices
-from orthoserde.parametrizations.orthogonal import MEAN_ROUNDING, tall
-from orthoserde.tensor_bytes import BLOCK_BYTES
+from orthoserde.parametrizations.orthogonal import tall
+from orthoserde.probe import off_orthonormal, times
 from orthoserde.transforms.columns import admitted
-
-#: Random vectors by which a base is measured: enough for its mean error within a factor of two.
-PROBES = 8
-
-#: A normal number is larger than this many standard deviations once in a thousand million times.
-FAR_OUT = 6.0
 
 
 class Turn:
@@ -54,7 +44,7 @@ class Turn:
         result = rows.resolve_conj().resolve_neg().clone()
         for index, completion in self.completions.items():
             if rows[index].any():
-                result[index] = completion.coordinates(_times(self._base[index][:, self._k :], rows[index]))
+                result[index] = completion.coordinates(times(self._base[index][:, self._k :], rows[index]))
         return result
 
 
@@ -66,9 +56,8 @@ def turning(tensor: Tensor, k: int) -> Tensor:
 def misfit(base: Tensor, k: int) -> str | None:
     """What keeps a base from being one: it is not finite, or farther from orthonormal than rounding takes it.
 
-    The first k columns are held to what a load admits. Of the whole, ``base^H base`` would take n n n multiplications.
-    It is measured by vectors z of random signs, from a generator of its own, which take n n: ``base^H base z - z`` has
-    the norm of ``base^H base - I`` in the mean (Hutchinson 1989).
+    The first k columns are held to what a load admits. The whole, of which ``base^H base`` would take n n n
+    multiplications, is probed.
 
     Args:
         base: Shape ``(..., n, n)``.
@@ -76,39 +65,5 @@ def misfit(base: Tensor, k: int) -> str | None:
     """
     if not admitted(base[..., :k]):
         return "the first columns of its base are not finite, or farther from orthonormal than rounding takes them"
-    n = base.size(-1)
-    eps = torch.finfo(base.dtype).eps
-    signs = torch.randint(2, (n, PROBES), generator=torch.Generator("cpu").manual_seed(0), device="cpu") * 2.0 - 1.0
-    for index in matrices(base.shape[:-2]):
-        error = (_adjoint_times(base[index], _times(base[index], signs)) - signs).abs()
-        mean = math.sqrt(float(error.square().sum()) / PROBES) / n
-        # In this form a NaN is refused too.
-        if not (mean <= MEAN_ROUNDING * eps and float(error.max()) <= FAR_OUT * MEAN_ROUNDING * eps * math.sqrt(n)):
-            return f"its base is not orthonormal (an entry of Q^H Q - I is {mean:.2g} in the mean)"
-    return None
-
-
-def _times(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix @ right`` in double precision on the CPU, a block of columns of the matrix at a time."""
-    dtype = _double(matrix)
-    result = torch.zeros(matrix.size(0), right.size(1), dtype=dtype, device="cpu")
-    for part in _column_parts(matrix):
-        result += matrix[:, part].detach().to("cpu", dtype) @ right[part].to("cpu", dtype)
-    return result
-
-
-def _adjoint_times(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix^H @ right`` likewise."""
-    dtype = _double(matrix)
-    wide = right.to("cpu", dtype)
-    return torch.cat([matrix[:, part].detach().to("cpu", dtype).mH @ wide for part in _column_parts(matrix)])
-
-
-def _double(tensor: Tensor) -> torch.dtype:
-    return torch.complex128 if tensor.is_complex() else torch.float64
-
-
-def _column_parts(matrix: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK_BYTES // (16 * max(1, matrix.size(0))))
-    for start in range(0, matrix.size(1), step):
-        yield slice(start, min(start + step, matrix.size(1)))
+    mean = off_orthonormal(base)
+    return None if mean is None else f"its base is not orthonormal (an entry of Q^H Q - I is {mean:.2g} in the mean)"

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 import orthoserde
 from orthoserde import Fidelity
+from orthoserde.traps import warn_of_traps
 
 REGISTRY = orthoserde.Registry()
 
@@ -43,6 +44,9 @@ MOST_TIMES_AS_MUCH_MEMORY = 4.0
 
 #: MiB that a save and a load of ten thousand tensors may take; the manifest alone is some ten of them as text.
 MOST_MIB = 300
+
+#: Part of the time of a save that looking for traps may take; 0.035 measured.
+MOST_FOR_TRAPS = 0.1
 
 #: Seconds within which the own time of one function says nothing.
 NOISE = 0.05
@@ -183,6 +187,14 @@ def test_time_is_linear(verb: str, models: Models, record_property: Record) -> N
     ratio = taken[MANY] / taken[FEW]
     print(f"{verb}: {taken[FEW]:.2f} s for {FEW} tensors, {taken[MANY]:.2f} s for {MANY}, {ratio:.1f} times")
     assert ratio < MOST_TIMES_AS_LONG
+
+
+def test_looking_for_traps_is_a_small_part_of_a_save(models: Models, record_property: Record) -> None:
+    look = functools.partial(warn_of_traps, models.by_size[MANY])
+    looking, saving = (statistics.median(seconds(action) for _ in range(3)) for action in (look, models.save(MANY)))
+    record_property("traps_seconds", round(looking, 3))
+    print(f"{looking:.3f} s of {saving:.2f} s for a save of {MANY} tensors look for traps")
+    assert looking / saving < MOST_FOR_TRAPS
 
 
 #: Runs in a process of its own, whose peak memory says what a save and a load take beyond the model.

@@ -113,6 +113,18 @@ def canonicalizing(model: nn.Module, optimizer: torch.optim.SGD) -> None:
     orthoserde.canonicalize_(model, optimizer)  # type: ignore[call-arg]
 
 
+def diagnosing(model: nn.Module, optimizer: torch.optim.SGD) -> None:
+    found = orthoserde.diagnose(model)
+    assert_type(found, list[orthoserde.Finding])
+    assert_type(found[0].severity, orthoserde.Severity)
+    assert_type(found[0].severity >= orthoserde.Severity.WARNING, bool)
+    assert_type(found[0].where, str)
+    orthoserde.diagnose(model, optimizer)
+    orthoserde.diagnose(model, [optimizer])
+    orthoserde.diagnose(model, {"rotations": optimizer})
+    orthoserde.diagnose(model, 3)  # type: ignore[arg-type]
+
+
 @orthoserde.register("mylab>Symmetric", version=2)
 class Symmetric(nn.Module):
     def __init__(self, scale: float) -> None:

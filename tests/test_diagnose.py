@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -676,11 +677,11 @@ def test_a_save_with_its_optimizer_warns_of_what_that_will_do(wait: bool | None,
     model = householder()
     decaying = AdamW(model.parameters())
     checkpoints = orthoserde.Checkpoints(tmp_path / "folder")
+    save = functools.partial(orthoserde.save, model, tmp_path / "m")
+    if wait is not None:
+        save = functools.partial(checkpoints.save, 1, model, wait=wait)
     with pytest.warns(TrainingTrapWarning, match="weight_decay 0.01") as caught:
-        if wait is None:
-            orthoserde.save(model, tmp_path / "m", optimizer=decaying)
-        else:
-            checkpoints.save(1, model, optimizer=decaying, wait=wait)
+        save(optimizer=decaying)
     assert [Path(each.filename).name for each in caught] == ["test_diagnose.py"]
     if wait is None:
         with pytest.warns(TrainingTrapWarning, match="weight_decay 0.01"):

@@ -8,12 +8,15 @@ again: it stands for every file of its format version that users have. `v1` was 
 from __future__ import annotations
 
 import math
+import random
 import sys
 import zlib
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -162,6 +165,55 @@ def compact() -> nn.Module:
     return model
 
 
+def training() -> nn.Module:
+    """Structured rotations of every sort, and a tied layer, which two optimizers train."""
+    model = nn.Module()
+    for orthogonal_map, shape in (("householder", (9, 4)), ("cayley", (3, 8)), ("matrix_exp", (4, 4))):
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.eye(*shape))
+        model.add_module(orthogonal_map, orthoserde.orthogonal(layer, orthogonal_map=orthogonal_map, structured=True))
+    model.plain = nn.Linear(3, 2)
+    model.again = model.plain
+    return model
+
+
+def optimizers_of(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Two optimizers, one with two groups."""
+    rotations = [parameter for name, parameter in model.named_parameters() if "original" in name]
+    plain = list(model.get_submodule("plain").parameters())
+    groups: list[dict[str, Any]] = [{"params": rotations[:1], "lr": 0.5}, {"params": rotations[1:]}]
+    return {
+        "rotations": torch.optim.SGD(groups, lr=0.25, momentum=0.5),
+        "plain": torch.optim.Adam(plain, lr=0.125, betas=(0.5, 0.75)),
+    }
+
+
+def in_training(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers with state, by arithmetic that is exact."""
+    optimizers = optimizers_of(model)
+    for i, parameter in enumerate(optimizers["rotations"].param_groups[0]["params"]):
+        optimizers["rotations"].state[parameter] = {"momentum_buffer": expected(f"momentum {i}", parameter)}
+    for i, parameter in enumerate(optimizers["plain"].param_groups[0]["params"]):
+        optimizers["plain"].state[parameter] = {
+            "step": torch.tensor(3.0),
+            "exp_avg": expected(f"average {i}", parameter),
+            "exp_avg_sq": expected(f"square {i}", parameter) ** 2,
+        }
+    return optimizers
+
+
+def values() -> dict[str, object]:
+    """Every sort of value."""
+    tree = [None, True, -3, 0.5, math.inf, -math.inf, "ключ", (1, (2,)), {1: "a", "b": {2.5: None}, None: []}]
+    return {
+        "step": 120,
+        "tree": tree,
+        "counter": Counter({3: 1, 5: 2}),
+        "ordered": OrderedDict([("z", 1), ("a", 2)]),
+        "tensor": expected("tensor", torch.empty(2, 3, dtype=torch.int16)),
+    }
+
+
 def set_bases_(model: nn.Module) -> nn.Module:
     """Give every base orthonormal columns and their completion, by arithmetic whose bits are those of every machine."""
     for record in list(orthoserde.parametrized_tensors(model)):
@@ -185,6 +237,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 #: Written by orthoserde 0.1 under torch 2.13.0 alone: a file of canonical bases is the same under every torch.
 COMPACT: dict[str, Callable[[], nn.Module]] = {"compact": compact}
+
+
+#: Of which training state is saved too. Written by orthoserde 0.1 under torch 2.13.0 alone.
+TRAINING: dict[str, Callable[[], nn.Module]] = {"training": training}
 
 
 def expected(key: str, like: Tensor) -> Tensor:
@@ -212,11 +268,17 @@ def fill_(model: nn.Module) -> nn.Module:
 if __name__ == "__main__":
     folder = FOLDER.parent / sys.argv[1] if len(sys.argv) > 1 else FOLDER
     folder.mkdir(exist_ok=True)
-    for name, make in (MODELS | COMPACT).items():
+    for name, make in (MODELS | COMPACT | TRAINING).items():
         path = folder / f"{name}.safetensors"
         if not path.exists():
             model = fill_(make())
             if name in COMPACT:
                 set_bases_(model)
             metadata = {"golden": name, "ключ": "значение"}
-            print(orthoserde.save(model, path, registry=REGISTRY, metadata=metadata))
+            more: dict[str, Any] = {}
+            if name in TRAINING:
+                random.seed(0)
+                numpy.random.seed(0)
+                torch.manual_seed(0)
+                more = {"optimizer": in_training(model), "state": values(), "rng": True}
+            print(orthoserde.save(model, path, registry=REGISTRY, metadata=metadata, **more))

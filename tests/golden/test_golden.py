@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import random
 from pathlib import Path
+from typing import cast
 
+import numpy
 import pytest
 import torch
 
@@ -13,7 +16,19 @@ import orthoserde
 from orthoserde import Fidelity, storage
 from orthoserde.tensor_bytes import digest_of, iter_bytes
 from orthoserde.walk import take_inventory
-from tests.golden.models import COMPACT, FOLDER, MODELS, REGISTRY, expected, set_bases_
+from tests.golden.models import (
+    COMPACT,
+    FOLDER,
+    MODELS,
+    REGISTRY,
+    TRAINING,
+    expected,
+    in_training,
+    optimizers_of,
+    set_bases_,
+    training,
+    values,
+)
 
 #: SHA-256 of each golden file: whoever changes one changes what "readable for ever" means.
 SHA256 = {
@@ -21,6 +36,7 @@ SHA256 = {
     "norms": "55557eb77afcce9307d741905ac6a599930e1c32df0a03f14bff7cb1b0b0c84b",
     "orthogonals": "5d15a00c90465625aa411acc4d172442cdbed0cf5efe271e0f60c62e1271f8e2",
     "plain": "455705f05d14522e60e29af79e7934527f67016b39f95099d608f08677c8b1ad",
+    "training": "45208238f000ca54bb15f4e94facfbdb2ff4fe553d5998d5099469e90811118e",
     "users": "40bc4a64ff2c0de54aa8cd6d5deaa9f375c86768169fef73da256a598fba2121",
 }
 
@@ -37,7 +53,7 @@ def path_of(name: str) -> Path:
 
 
 def test_every_golden_file_is_known() -> None:
-    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(MODELS | COMPACT)
+    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(MODELS | COMPACT | TRAINING)
 
 
 @pytest.mark.parametrize("name", SHA256)
@@ -169,3 +185,37 @@ def test_a_golden_file_with_compact_bases_is_what_a_save_writes(tmp_path: Path) 
     assert dataclasses.replace(ours, writer=theirs.writer) == theirs
     assert sum(name.endswith("square.weight") for name in theirs.compact) == 0
     assert len(theirs.compact) == 13
+
+
+def test_training_state_of_the_golden_file_is_what_was_saved() -> None:
+    model, twin = training(), training()
+    optimizers, saved = optimizers_of(model), in_training(twin)
+    for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+        group["lr"] = 9.0
+    state = dict.fromkeys(values())
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        report = orthoserde.load(
+            model, path_of("training"), optimizer=optimizers, state=state, rng=torch.cuda.device_count() == 0
+        )
+        drawn = random.random(), float(numpy.random.rand())
+    random.setstate(python)
+    numpy.random.set_state(numbers)
+    assert report.fidelity is Fidelity.EXACT
+    for key, slot in take_inventory(model).slots.items():
+        assert slot.tensor is not None
+        if not key.startswith("again"):
+            assert torch.equal(slot.tensor, expected(key, slot.tensor))
+    for name, optimizer in optimizers.items():
+        ours, theirs = optimizer.state_dict(), saved[name].state_dict()
+        for one, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+            assert {option: one[option] for option in ("lr", "params")} == {o: other[o] for o in ("lr", "params")}
+        assert ours["state"].keys() == theirs["state"].keys()
+        for number, entries in theirs["state"].items():
+            assert all(torch.equal(ours["state"][number][entry], value) for entry, value in entries.items())
+    wanted = values()
+    assert torch.equal(cast("torch.Tensor", state.pop("tensor")), cast("torch.Tensor", wanted.pop("tensor")))
+    assert state == wanted
+    assert list(cast("dict[str, int]", state["ordered"])) == ["z", "a"]
+    if torch.cuda.device_count() == 0:
+        assert drawn == (0.8444218515250481, 0.5488135039273248)  # the first numbers of seed 0

@@ -41,6 +41,7 @@ def describe(manifest: Manifest, path: str, file_bytes: int) -> str:
         _head(manifest, path, file_bytes),
         _parametrized(manifest),
         _plain(manifest),
+        _training(manifest),
         _listed("tied tensors", [f"{alias} = {kept}" for alias, kept in manifest.aliases.items()]),
         _modules(manifest),
         _listed("left out when it was saved", manifest.left_out),
@@ -169,6 +170,7 @@ def _config(config: Mapping[str, JSON] | None) -> str:
 
 def _plain(manifest: Manifest) -> list[str]:
     inside = {manifest.kept_key(key) for record in manifest.parametrized for key in record.tensor_keys()}
+    inside |= set(manifest.training_keys)
     plain = {key: record for key, record in manifest.tensors.items() if key not in inside}
     computed = set(manifest.computed)
     rows = [_Row("plain tensors", "shape", "dtype", "bytes", "")]
@@ -186,6 +188,27 @@ def _plain(manifest: Manifest) -> list[str]:
 def _natural(key: str) -> list[tuple[int, str]]:
     """Orders ``layers.2`` before ``layers.10``."""
     return [(len(part), part) if part.isdecimal() else (0, part) for part in key.split(".")]
+
+
+def _training(manifest: Manifest) -> list[str]:
+    """Optimizers with their classes, parameters and tensors; names of other state."""
+    training = manifest.training
+    if training is None:
+        return []
+    nbytes = sum(manifest.tensors[key].nbytes for key in manifest.training_keys)
+    lines = ["training state", _pair("tensors", f"{len(manifest.training_keys):,} stored, {nbytes:,} bytes")]
+    for label, optimizer in training.optimizers.items():
+        count = sum(len(group.parameters) for group in optimizer.groups)
+        text = f"{optimizer.class_name.partition(':')[2]}, groups: {len(optimizer.groups)}, parameters: {count:,}"
+        lines += _wrapped_pair("optimizer", f"{label}: {text}" if label else text)
+    for name, entry in list(training.state.items())[:SHOWN]:
+        sort = "a value" if entry.class_name is None else entry.class_name.partition(":")[2]
+        lines.append(_pair(squeeze(printable(name), _LABEL - 1), sort))
+    if len(training.state) > SHOWN:
+        lines.append(f"  and {len(training.state) - SHOWN:,} more")
+    if training.rng is not None:
+        lines.append(_pair("generators", "of torch, Python and NumPy"))
+    return lines
 
 
 def _plain_sort(record: TensorRecord) -> str:

@@ -303,3 +303,16 @@ class TestHostileNames:
         assert squeeze("abcdefghij", 10) == "abcdefghij"
         assert squeeze("abcdefghij", 8) == "ab...hij"
         assert all(len(squeeze("a" * 50, width)) <= max(width, 3) for width in range(50))
+
+
+def test_training_state_has_a_section_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parent / "golden" / "v1" / "training.safetensors"
+    assert cli.main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    plain, _, training = shown.partition("training state\n")
+    assert "exp_avg" not in plain
+    assert ".rng" not in plain
+    assert "  optimizer    plain: Adam, groups: 1, parameters: 2\n" in training
+    assert "  optimizer    rotations: SGD, groups: 2, parameters: 3\n" in training
+    assert "  step         a value\n" in training
+    assert "  generators   of torch, Python and NumPy\n" in training

@@ -307,7 +307,7 @@ class TestHostileNames:
 
 def test_training_state_has_a_section_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(__file__).parent / "golden" / "v1" / "training.safetensors"
-    assert cli.main(["inspect", str(path)]) == 0
+    assert main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
     plain, _, training = shown.partition("training state\n")
     assert "exp_avg" not in plain

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from orthoserde import tensor_bytes
 from orthoserde.errors import DamagedFileError
@@ -136,7 +137,7 @@ class Checkpoint:
         return tensor
 
     def read(self, keys: Iterable[str], *, verify: bool) -> dict[str, Tensor]:
-        """Read tensors into memory, large ones of a file several at a time.
+        """Read tensors into new memory, as :meth:`fill` does.
 
         Args:
             keys: Stored keys.
@@ -145,31 +146,58 @@ class Checkpoint:
         Raises:
             DamagedFileError: One has another digest.
         """
-        wanted = list(keys)
-
-        def fetch(key: str, go_on: GoOn) -> Tensor:
+        found: dict[str, Tensor] = {}
+        for key in keys:
             record = self.manifest.tensors[key]
-            tensor = tensor_bytes.empty_like_recorded(
-                record.shape, record.stride, tensor_bytes.DTYPES[record.dtype], "cpu"
-            )
+            dtype = tensor_bytes.DTYPES[record.dtype]
+            found[key] = tensor_bytes.empty_like_recorded(record.shape, record.stride, dtype, "cpu")
+        self.fill(list(found.items()), self.manifest.digests if verify else {})
+        return found
+
+    def fill(
+        self,
+        targets: Sequence[tuple[str, Tensor]],
+        digests: Mapping[str, str],
+        in_order: Collection[int] = (),
+    ) -> None:
+        """Overwrite tensors, large ones of a file several at a time.
+
+        Args:
+            targets: Stored keys, and the tensors that the elements go into.
+            digests: Those that are compared, by stored key.
+            in_order: Ids of targets that are written in the order given, because they share memory: what is written
+                last stays.
+
+        Raises:
+            DamagedFileError: A tensor had another digest.
+        """
+
+        def fill(pair: tuple[str, Tensor], go_on: GoOn) -> None:
+            stored, target = pair
             digest = tensor_bytes.Digest()
+            compared = stored in digests
 
             def see(block: memoryview) -> None:
                 go_on()
-                if verify:
+                if compared:
                     digest.add(block)
 
-            self.sources[key].fill(tensor, see)
-            if verify and record.digest not in (None, str(digest)):
-                raise DamagedFileError(f"{self.origin}: {key} is damaged, or changed while it was read")
-            return tensor
+            self.sources[stored].fill(target, see)
+            if compared and str(digest) != digests[stored]:
+                raise DamagedFileError(f"{self.origin}: {stored} is damaged, or changed while it was read")
 
-        def movable(key: str) -> int:
-            record = self.manifest.tensors[key]
-            plain = record.stride == tensor_bytes.contiguous_strides(record.shape)
-            return record.nbytes if plain and self.sources[key].any_thread else 0
+        def movable(pair: tuple[str, Tensor]) -> int:
+            stored, target = pair
+            # Elsewhere bytes are read into memory, no more: what torch computes (other dtypes, strides and devices) and
+            # what a subclass of Tensor may do is done under the modes of the caller's thread.
+            plain = type(target) in (Tensor, Parameter) and id(target) not in in_order
+            record = self.manifest.tensors[stored]
+            dtype = tensor_bytes.DTYPES[record.dtype]
+            if plain and self.sources[stored].any_thread and tensor_bytes.is_row_major_memory(target, dtype):
+                return record.nbytes
+            return 0
 
-        return dict(zip(wanted, work_through(wanted, fetch, movable), strict=True))
+        work_through(targets, fill, movable)
 
     def damaged(self) -> list[str]:
         """Read every tensor that has a digest once; return the keys of those whose bytes are not what was saved.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import DamagedFileError, LoadInterruptedError, UnsupportedModuleError
-from orthoserde.restore.plan import Make, Plan, Write
-from orthoserde.side_by_side import GoOn, work_through
-from orthoserde.tensor_bytes import DTYPES, Digest, empty_like_recorded, is_row_major_memory
-
-Undo = Callable[[], None]
+from orthoserde.errors import LoadInterruptedError, UnsupportedModuleError
+from orthoserde.restore.plan import Make, Plan
+from orthoserde.tensor_bytes import empty_like_recorded
+from orthoserde.training.undo import Undo
 
 
 def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str], before_writing: Callable[[], Undo]) -> None:
@@ -36,7 +34,7 @@ def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str], before
         LoadInterruptedError: Reading failed, or was interrupted, while existing tensors were being overwritten.
     """
     made = [(make, _allocate(checkpoint, make)) for make in plan.makes]
-    _fill(checkpoint, digests, [(make.stored, tensor) for make, tensor in made])
+    checkpoint.fill([(make.stored, tensor) for make, tensor in made], digests)
     restore_structure = _change_structure(plan, made)
     try:
         undo = before_writing()
@@ -44,7 +42,8 @@ def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str], before
         restore_structure()
         raise
     try:
-        _fill(checkpoint, digests, [(write.stored, write.target) for write in plan.writes], plan.sharing_memory)
+        in_order = {id(write.target) for cluster in plan.sharing_memory for write in cluster}
+        checkpoint.fill([(write.stored, write.target) for write in plan.writes], digests, in_order)
     except BaseException as error:
         undo()
         raise LoadInterruptedError(
@@ -59,49 +58,6 @@ def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str], before
 def _allocate(checkpoint: Checkpoint, make: Make) -> Tensor:
     record = checkpoint.manifest.tensors[make.stored]
     return empty_like_recorded(record.shape, record.stride, make.dtype, make.device)
-
-
-def _fill(
-    checkpoint: Checkpoint,
-    digests: Mapping[str, str],
-    targets: list[tuple[str, Tensor]],
-    clusters: Iterable[Iterable[Write]] = (),
-) -> None:
-    """Fill tensors.
-
-    Args:
-        checkpoint: Where the elements come from.
-        digests: Those that are compared, by stored key.
-        targets: Stored keys, and the tensors that the elements go into.
-        clusters: Targets that share memory: what is written last stays, so they are written in the order given.
-    """
-    in_order = {id(write.target) for cluster in clusters for write in cluster}
-
-    def fill(pair: tuple[str, Tensor], go_on: GoOn) -> None:
-        stored, target = pair
-        digest = Digest()
-        compared = stored in digests
-
-        def see(block: memoryview) -> None:
-            go_on()
-            if compared:
-                digest.add(block)
-
-        checkpoint.sources[stored].fill(target, see)
-        if compared and str(digest) != digests[stored]:
-            raise DamagedFileError(f"{checkpoint.origin}: {stored} is damaged, or changed while it was read")
-
-    def movable(pair: tuple[str, Tensor]) -> int:
-        stored, target = pair
-        # Elsewhere bytes are read into memory, no more: what torch computes (other dtypes, strides and devices) and
-        # what a subclass of Tensor may do is done under the modes of the caller's thread.
-        plain = type(target) in (Tensor, nn.Parameter) and id(target) not in in_order
-        record = checkpoint.manifest.tensors[stored]
-        if plain and checkpoint.sources[stored].any_thread and is_row_major_memory(target, DTYPES[record.dtype]):
-            return record.nbytes
-        return 0
-
-    work_through(targets, fill, movable)
 
 
 def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> Undo:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.optim import lr_scheduler as schedulers
 
 import orthoserde
 from orthoserde import ConfigError, IncompatibleModelError, storage
-from orthoserde.checkpoint import LiveTensor
+from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.manifest import TensorRecord
 from orthoserde.training.entries import ENTRIES, odd_entry
 from orthoserde.training_record import GroupRecord, OptimizerRecord, StateRecord
@@ -915,21 +914,21 @@ def test_a_write_that_fails_gives_back_what_optimizers_had(tmp_path: Path, monke
     optimizer = Adam(model.parameters(), lr=0.5)
     trained(model, optimizer, 1)
     before = copy.deepcopy(optimizer.state_dict())
-    monkeypatch.setattr(sys.modules["orthoserde.restore.apply"], "_fill", _failing_the_second_time())
+    monkeypatch.setattr(Checkpoint, "fill", _failing_at_the_model())
     with pytest.raises(orthoserde.LoadInterruptedError):
         orthoserde.load(model, tmp_path / "m", optimizer=optimizer)
     assert_optimizer_unchanged(optimizer, before)
 
 
-def _failing_the_second_time() -> Callable[..., None]:
-    calls: list[int] = []
+def _failing_at_the_model() -> Callable[..., None]:
+    fill = Checkpoint.fill
 
-    def fill(*arguments: object) -> None:
-        calls.append(1)
-        if len(calls) > 1:
+    def failing(self: Checkpoint, targets: Any, *arguments: Any) -> None:
+        if any(isinstance(target, nn.Parameter) for _, target in targets):
             raise OSError("the disk is gone")
+        fill(self, targets, *arguments)
 
-    return fill
+    return failing
 
 
 @pytest.mark.parametrize("change", ["twice", "stray", "alias"])

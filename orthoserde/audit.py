@@ -25,7 +25,7 @@ from orthoserde.codec import Codec
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, join
-from orthoserde.parametrizations import BUILT_IN_CODECS, codec_for_kind
+from orthoserde.parametrizations import codec_for_kind, is_built_in
 from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
@@ -150,7 +150,7 @@ def _measure(
     largest = max(manifest.tensors[manifest.kept_key(key)].nbytes for key in record.tensor_keys())
     if largest > limit:  # a base that is stored as columns
         raise _NotMeasured(f"its base takes {largest} bytes at once to work out, and the limit here is {limit}")
-    if not all(link.codec in BUILT_IN_CODECS for link in links):
+    if not all(is_built_in(link.codec) for link in links):
         return _judge(links[-1], _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit)))
     # All that shapes and dtypes tell comes before anything is read.
     dry = _compute(record, links, functools.partial(_meta_tensor, checkpoint), functools.partial(_dry_run, limit=limit))
@@ -188,7 +188,7 @@ def _compute(record: ParametrizedRecord, links: list[_Link], tensor: Callable[[s
 
 def _wary_run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor], *, limit: int) -> Tensor:
     """Compute a parametrization, one of torch's only after a dry run: what it is given may come from a user's codec."""
-    if link.codec in BUILT_IN_CODECS:
+    if is_built_in(link.codec):
         _dry_run(link, inputs, own, limit=limit)
     return _run(link, inputs, own)
 

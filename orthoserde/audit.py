@@ -21,7 +21,7 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.codec import Codec
+from orthoserde.codec import Codec, residual_of
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, join
@@ -250,7 +250,7 @@ def _expected_shapes(link: _Link, inputs: Mapping[str, Tensor]) -> tuple[dict[st
 def _judge(link: _Link, weight: Tensor) -> tuple[float | None, bool]:
     """Residual of a computed tensor, and whether it is on the constraint."""
     try:
-        residual = link.codec.residual(weight)
+        residual = residual_of(link.codec, weight, link.config)
         return residual, residual is None or link.codec.admits(weight, link.config)
     except Exception as error:  # whatever a user's codec raises
         raise _NotMeasured(f"{link.codec.kind} cannot be measured here: {_one_line(error)}") from error

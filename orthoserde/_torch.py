@@ -81,6 +81,11 @@ def child_modules(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
+def forward_pre_hooks(module: nn.Module) -> list[object]:
+    """What is called before the forward of this very module, in order."""
+    return list(module._forward_pre_hooks.values())
+
+
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Parameters registered on this very module; an overridden ``named_parameters`` has no say."""
     return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}

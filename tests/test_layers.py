@@ -41,6 +41,7 @@ FLOORS = {
     "names": 2,
     "scope": 2,
     "evaluate": 2,
+    "recompute": 2,
     "audit": 3,
     "capture": 3,
     "integrations": 3,
@@ -94,6 +95,9 @@ SIDEWAYS = {
     ("__init__", "folder"),
     ("proof", "api"),
     ("probe", "parametrizations"),
+    ("recompute", "parametrizations"),
+    ("transforms", "recompute"),
+    ("walk", "parametrizations"),
     ("__main__", "cli"),
 }
 

@@ -53,8 +53,8 @@ def restore(
         raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with _torch.undisturbed():
         inventory = take_inventory(model)
-        forms = in_forms_of(checkpoint.without_training(), inventory, registry, verify=verify)
-        completed = complete_checkpoint(expand(forms.checkpoint), inventory, registry, legacy)
+        forms = in_forms_of(checkpoint, inventory, registry, verify=verify)
+        completed = complete_checkpoint(expand(forms.checkpoint.without_training()), inventory, registry, legacy)
         plan = make_plan(
             completed.checkpoint.manifest,
             inventory,
@@ -67,7 +67,7 @@ def restore(
         plan.problems[:0] = [*forms.problems, *completed.problems]
         forms.note(plan)
         afresh = [outcome.name for outcome in plan.outcomes if outcome.fidelity is Fidelity.INFERENCE]
-        wanted = plan_training(checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
+        wanted = plan_training(forms.checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
         plan.problems += wanted.problems
         _refuse(checkpoint, model, plan, strict)
         if verify:
@@ -81,7 +81,7 @@ def restore(
         wanted.read(checkpoint, verify=verify)
         digests = completed.checkpoint.manifest.digests if verify else {}
         apply(completed.checkpoint, plan, digests, wanted.apply)
-        _settle(plan)
+        _settle(plan, registry)
     wanted.finish()
     for outcome in plan.outcomes:
         if outcome.name in completed.weights:
@@ -100,13 +100,20 @@ def restore(
     )
 
 
-def _settle(plan: Plan) -> None:
-    """Let structured parametrizations work out what follows from their columns, which compiled code would not."""
+def _settle(plan: Plan, registry: Registry) -> None:
+    """Work out what follows from the state that was loaded.
+
+    Structured parametrizations would do it when they are first used, but compiled code does not; and modules with hooks
+    have the weight of their last forward as an attribute until the next one.
+    """
     for outcome in plan.outcomes:
-        chain = _torch.parametrization_lists(outcome.module)[outcome.tensor_name]
-        for link in map(_torch.unwrap, _torch.child_modules(chain).values()):
+        chain = _torch.parametrization_lists(outcome.module).get(outcome.tensor_name)
+        for link in () if chain is None else map(_torch.unwrap, _torch.child_modules(chain).values()):
             if isinstance(link, Orthogonal):
                 link.settle()
+        for tensor in take_inventory(outcome.module).hooked if chain is None else ():
+            if tensor.module is outcome.module and tensor.tensor_name in vars(outcome.module):
+                vars(outcome.module)[tensor.tensor_name] = evaluate.computed(tensor, registry)
 
 
 def _scope_notes(checkpoint: Checkpoint) -> list[str]:
@@ -229,7 +236,8 @@ def _report(outcome: Outcome, registry: Registry) -> TensorReport:
 
 
 def _residual(module: nn.Module, tensor_name: str, registry: Registry) -> float | None:
-    for tensor in take_inventory(module).parametrized:
+    inventory = take_inventory(module)
+    for tensor in (*inventory.parametrized, *inventory.hooked):
         if tensor.module is module and tensor.tensor_name == tensor_name:
             return evaluate.residual(tensor, registry)
     return None

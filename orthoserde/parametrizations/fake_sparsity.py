@@ -103,7 +103,7 @@ class FakeSparsityCodec:
 
 def for_type(cls: type[nn.Module]) -> FakeSparsityCodec | None:
     """The codec, if this is torch's class. Nothing is imported: a class that nobody imported is in no model."""
-    known = getattr(sys.modules.get("torch.ao.pruning"), "FakeSparsity", None)
+    known = getattr(sys.modules.get("torch.ao.pruning.sparsifier.utils"), "FakeSparsity", None)
     return FakeSparsityCodec(cls) if known is not None and cls is known else None
 
 
@@ -112,7 +112,7 @@ def for_kind(kind: str) -> FakeSparsityCodec | None:
     if kind != KIND:
         return None
     try:
-        from torch.ao.pruning import FakeSparsity  # noqa: PLC0415
+        from torch.ao.pruning.sparsifier.utils import FakeSparsity  # noqa: PLC0415
     except ImportError:  # a torch without it has nothing to build
         return None
     return FakeSparsityCodec(FakeSparsity)

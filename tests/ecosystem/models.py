@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
     DacConfig,
     DacModel,
@@ -26,6 +25,10 @@ from transformers import (
     SEWModel,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
+    UniSpeechConfig,
+    UniSpeechModel,
+    UniSpeechSatConfig,
+    UniSpeechSatModel,
     UnivNetConfig,
     UnivNetModel,
     VitsConfig,
@@ -94,7 +97,7 @@ def _normed(model: nn.Module) -> nn.Module:
 
 
 def _vits() -> nn.Module:
-    model = VitsModel(
+    model: nn.Module = VitsModel(
         VitsConfig(
             vocab_size=8,
             hidden_size=8,
@@ -116,12 +119,12 @@ def _vits() -> nn.Module:
             resblock_dilation_sizes=[[1, 3]],
         )
     )
-    model.decoder.apply_weight_norm()
+    _normed(model.get_submodule("decoder"))
     return model
 
 
 def _mimi() -> nn.Module:
-    model = MimiModel(
+    model: nn.Module = MimiModel(
         MimiConfig(
             audio_channels=1,
             hidden_size=8,
@@ -168,6 +171,8 @@ CASES: dict[str, Case] = {
     "hubert": Case(lambda: HubertModel(HubertConfig(**SPEECH)), _waveform),
     "wavlm": Case(lambda: WavLMModel(WavLMConfig(**SPEECH, num_buckets=8, max_bucket_distance=16)), _waveform),
     "sew": Case(lambda: SEWModel(SEWConfig(**SPEECH, squeeze_factor=2)), _waveform),
+    "unispeech": Case(lambda: UniSpeechModel(UniSpeechConfig(**SPEECH)), _waveform),
+    "unispeech-sat": Case(lambda: UniSpeechSatModel(UniSpeechSatConfig(**SPEECH)), _waveform),
     "encodec": Case(
         lambda: EncodecModel(
             EncodecConfig(
@@ -272,5 +277,3 @@ FORMS: dict[str, Callable[[nn.Module], None]] = {
     "hooks": to_hooks,
     "plain": to_plain,
 }
-
-__all__ = ["CASES", "FORMS", "build", "normed_modules", "outputs_of", "weight_norm"]

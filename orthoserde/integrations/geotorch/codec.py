@@ -51,7 +51,8 @@ class GeotorchCodec:
         What is read is built again, and has to be the same in every attribute.
         """
         found = vars(parametrization)
-        config: dict[str, JSON] = {"size": _size(parametrization, self._sort.vectors)} if self._sort.sized else {}
+        size = _size(parametrization, self._sort.vectors)
+        config: dict[str, JSON] = {"size": None if size is None else list(size)} if self._sort.sized else {}
         for argument in self._sort.arguments:
             if argument == "triv":
                 config[argument] = _trivialization(parametrization)
@@ -62,7 +63,7 @@ class GeotorchCodec:
         for name in FUNCTIONS if "f" in self._sort.arguments else (None,):
             candidate = config if name is None else {**config, "f": name}
             try:
-                built = self._make(candidate, _size(parametrization, self._sort.vectors))
+                built = self._make(candidate, size)
             except ConfigError:
                 continue
             if _same(_settings(built), _settings(parametrization)):
@@ -208,7 +209,7 @@ def _is_argument(name: str, value: JSON) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _size(module: nn.Module, vectors: bool) -> list[JSON] | None:
+def _size(module: nn.Module, vectors: bool) -> list[int] | None:
     """Size that a constraint was made for, from what it keeps of it; any for one that keeps nothing."""
     found = vars(module)
     n, batch = found.get("n"), found.get("tensorial_size", ())

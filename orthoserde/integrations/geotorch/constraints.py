@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -124,25 +124,27 @@ def _polar(weight: Tensor, config: Config) -> Tensor:
     return OrthogonalCodec().project(weight, {})
 
 
+def _on_radius(weight: Tensor, config: Config) -> dict[str, Tensor]:
+    return {"original": weight / _number(config, "radius")}
+
+
+def _at_point(weight: Tensor, config: Config) -> dict[str, Tensor]:
+    return {"original": torch.zeros_like(weight), "base": weight / _number(config, "radius")}
+
+
 def _onto_sphere(weight: Tensor, config: Config) -> Tensor:
-    return weight / torch.linalg.vector_norm(weight, dim=-1, keepdim=True) * _number(config, "radius")
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    return weight / norm * _number(config, "radius")
 
 
 def _triangle(weight: Tensor, config: Config) -> dict[str, Tensor]:
     return {"original": weight.tril() if config["lower"] else weight.triu()}
 
 
-_ORTHOGONAL = {
-    "distance": _not_orthogonal,
-    "recover": _at_base,
-    "project": _polar,
-}
-_SPHERE = {
-    "vectors": True,
-    "distance": _off_sphere,
-    "by_config": True,
-    "project": _onto_sphere,
-}
+_ORTHOGONAL = Sort(("triv",), distance=_not_orthogonal, recover=_at_base, project=_polar)
+_SPHERE = Sort(
+    ("radius",), vectors=True, distance=_off_sphere, by_config=True, recover=_on_radius, project=_onto_sphere
+)
 
 #: geotorch's constraints by the names of their classes.
 SORTS: dict[str, Sort] = {
@@ -157,20 +159,11 @@ SORTS: dict[str, Sort] = {
         recover=_triangle,
         project=lambda weight, config: (weight + weight.mT) / 2,
     ),
-    "SO": Sort(("triv", "lower"), **_ORTHOGONAL),
-    "Stiefel": Sort(("triv",), **_ORTHOGONAL),
-    "Grassmannian": Sort(("triv",), **_ORTHOGONAL),
-    "Sphere": Sort(
-        ("radius",),
-        recover=lambda weight, config: {
-            "original": torch.zeros_like(weight),
-            "base": weight / _number(config, "radius"),
-        },
-        **_SPHERE,
-    ),
-    "SphereEmbedded": Sort(
-        ("radius",), recover=lambda weight, config: {"original": weight / _number(config, "radius")}, **_SPHERE
-    ),
+    "SO": replace(_ORTHOGONAL, arguments=("triv", "lower")),
+    "Stiefel": _ORTHOGONAL,
+    "Grassmannian": _ORTHOGONAL,
+    "Sphere": replace(_SPHERE, recover=_at_point),
+    "SphereEmbedded": _SPHERE,
     "LowRank": Sort(("rank", "triv"), distance=_beyond_rank, by_config=True),
     "FixedRank": Sort(("rank", "f", "triv"), distance=_beyond_rank, by_config=True),
     "AlmostOrthogonal": Sort(("lam", "f", "triv"), distance=_not_almost_orthogonal, by_config=True),

@@ -1,1 +1,1 @@
-"""Tests against the real pyreft, pyvene and transformers; run by ``nox -s pyreft``."""
+"""Tests against models of transformers, geotorch and stacks of torch's own; run by ``nox -s ecosystem``."""

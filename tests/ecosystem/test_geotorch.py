@@ -21,7 +21,7 @@ from orthoserde.capture import capture
 from orthoserde.codec import Codec
 from orthoserde.integrations.geotorch import extend
 from orthoserde.integrations.geotorch.codec import GeotorchCodec
-from orthoserde.integrations.geotorch.constraints import SORTS
+from orthoserde.integrations.geotorch.constraints import ROUNDING, SORTS
 from orthoserde.manifest import OPAQUE
 from orthoserde.restore import restore
 from tests.ecosystem.constrained import CASES, CONSTRAINTS, Holder, adam, bare, by, constrained, of, train, weight_of
@@ -282,6 +282,20 @@ def test_a_constraint_inside_of_a_registered_one_is_checked_too(tmp_path: Path) 
     assert_same_state(other, model)
 
 
+def test_a_list_is_as_good_a_size_as_a_tuple() -> None:
+    codec = GeotorchCodec(geotorch.Skew, "Skew")
+    assert codec.config(geotorch.Skew([4, 4])) == codec.config(geotorch.Skew(torch.Size((4, 4)))) is not None
+
+
+def test_a_base_that_was_moved_to_the_present_point_is_kept(tmp_path: Path) -> None:
+    model, other = constrained("Stiefel", "wide"), constrained("Stiefel", "wide")
+    train(model, adam(model), 3)
+    geotorch.update_base(model, "weight")
+    orthoserde.save(model, tmp_path / FILE)
+    assert orthoserde.load(other, tmp_path / FILE).fidelity is Fidelity.EXACT
+    assert train(other, adam(other), 3) == train(model, adam(model), 3)
+
+
 def test_a_chain_is_kept(tmp_path: Path) -> None:
     def chained() -> Holder:
         model = Holder((4, 4))
@@ -374,6 +388,25 @@ def test_a_tensor_off_the_constraint_is_noticed(name: str, shape: str) -> None:
     assert inside is not None
     assert outside is not None
     assert outside > 100 * inside
+
+
+@pytest.mark.parametrize("name", [name for name in CONSTRAINTS if name not in UNMEASURED])
+def test_rounding_of_a_larger_tensor_is_far_from_what_is_refused(name: str) -> None:
+    side = 24 if name == "Hurwitz" else 96
+    model = Holder((side, side))
+    CONSTRAINTS[name].register(model)
+    train(model, adam(model), 10)
+    codec, weight = GeotorchCodec(getattr(geotorch, name), name), weight_of(model)
+    config = codec.config(parametrized_by(model))
+    assert config is not None
+    assert codec.admits(weight, config)
+    distance = codec.residual_in(weight, config)
+    assert distance is not None
+    scale = SORTS[name].scale(weight.double(), SORTS[name].vectors)
+    assert distance <= ROUNDING / 10 * torch.finfo(torch.float32).eps * scale
+    # Rounding to bfloat16 leaves symmetry and intervals as they are; where it does not, it is noticed.
+    if name in ("SO", "Stiefel", "Grassmannian", "Sphere", "SphereEmbedded", "LowRank", "FixedRank"):
+        assert not codec.admits(weight.bfloat16().float(), config)
 
 
 def test_a_damaged_base_is_found_by_verify(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ class GeotorchCodec:
         if self._sort.distance is SORTS["Stiefel"].distance:
             return OrthogonalCodec().admits(weight, {})
         eps = torch.finfo(torch.float64 if weight.dtype is torch.float64 else torch.float32).eps
-        return distance <= ROUNDING * eps * self._sort.scale(weight.detach().double(), config)
+        return distance <= ROUNDING * eps * self._sort.scale(weight.detach().double(), self._sort.vectors)
 
     def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
         """The nearest tensor on the constraint, for those of which state can be recovered.
@@ -213,7 +213,7 @@ def _size(module: nn.Module, vectors: bool) -> list[int] | None:
     """Size that a constraint was made for, from what it keeps of it; any for one that keeps nothing."""
     found = vars(module)
     n, batch = found.get("n"), found.get("tensorial_size", ())
-    if type(n) is not int or not isinstance(batch, tuple):
+    if type(n) is not int or not isinstance(batch, (tuple, list)):
         return None if found.keys() & {"n", "tensorial_size"} else []
     k = found.get("k", n)
     sides = [n] if vectors else [k, n] if found.get("transposed") else [n, k]
@@ -268,6 +268,6 @@ def _equal(left: object, right: object) -> bool:
     if isinstance(left, FunctionType) and isinstance(right, FunctionType):
         cells = [[cell.cell_contents for cell in function.__closure__ or ()] for function in (left, right)]
         return left.__code__ is right.__code__ and all(map(_equal, *cells))
-    if isinstance(left, tuple) and isinstance(right, tuple):  # a torch.Size and a tuple of the same sides are one
+    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):  # any of them says a size
         return len(left) == len(right) and all(map(_equal, left, right))
     return type(left) is type(right) and isinstance(left, (bool, int, float, str)) and left == right

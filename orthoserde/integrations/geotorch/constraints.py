@@ -25,7 +25,15 @@ from orthoserde.parametrizations.orthogonal import OrthogonalCodec, tall
 Config = Mapping[str, JSON]
 
 #: Distances that are rounding, in units of eps of the dtype times the scale.
-ROUNDING = 1000.0
+ROUNDING = 100.0
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _norm(weight: Tensor, vectors: bool) -> float:
+    return _largest(torch.linalg.vector_norm(weight, dim=-1 if vectors else (-2, -1)))
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Sort:
         originals: How many unconstrained tensors it has.
         distance: Distance of a tensor of float64 from the constraint; None where there is none to measure.
         by_config: Whether that depends on the configuration.
-        scale: What its rounding is measured in.
+        scale: What its rounding is measured in, of a tensor of vectors or matrices; their largest norm by default.
         recover: State, by name and role, of which a tensor is the computed one; None where there is no such way.
         project: The nearest tensor on the constraint, for a tensor of float64, where ``recover`` is given.
     """
@@ -50,13 +58,9 @@ class Sort:
     originals: int = 1
     distance: Callable[[Tensor, Config], float] | None = None
     by_config: bool = False
-    scale: Callable[[Tensor, Config], float] = lambda weight, config: _largest(weight.abs())
+    scale: Callable[[Tensor, bool], float] = _norm
     recover: Callable[[Tensor, Config], dict[str, Tensor]] | None = None
     project: Callable[[Tensor, Config], Tensor] = lambda weight, config: weight
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
 
 
 def _number(config: Config, name: str) -> float:
@@ -96,7 +100,7 @@ def _determinant(weight: Tensor, config: Config) -> float:
     return math.inf if bool((sign <= 0).any()) else _largest(logarithm.abs())
 
 
-def _condition(weight: Tensor, config: Config) -> float:
+def _condition(weight: Tensor, vectors: bool) -> float:
     return float(weight.size(-1)) * _largest(torch.linalg.cond(weight))
 
 
@@ -112,8 +116,8 @@ def _not_stable(weight: Tensor, config: Config) -> float:
     return max(0.0, _largest(torch.linalg.eigvals(weight).real) + _number(config, "alpha"))
 
 
-def _root_of_rounding(weight: Tensor, config: Config) -> float:
-    return float(torch.finfo(torch.float32).eps ** -0.5) * _largest(weight.abs())
+def _root_of_rounding(weight: Tensor, vectors: bool) -> float:
+    return float(torch.finfo(torch.float32).eps ** -0.5) * _norm(weight, vectors)
 
 
 def _at_base(weight: Tensor, config: Config) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ FLOORS = {
     "registration": 1,
     "transforms": 2,
     "charts": 3,
+    "baking": 3,
     "rechart": 3,
     "probe": 2,
     "traps": 3,

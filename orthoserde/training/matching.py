@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orthoserde.errors import FileFormatError, Problem
-from orthoserde.manifest import Manifest
+from orthoserde.manifest import Manifest, qualname_of
 from orthoserde.reports import shorten
 from orthoserde.state_tree import decode_tree, keys_in
 from orthoserde.tensor_bytes import DTYPES
@@ -184,7 +184,7 @@ def match_optimizer(
     def mismatch(text: str) -> None:
         problems.append(Problem(where, "mismatch", text))
 
-    theirs, ours = record.class_name.partition(":")[2], type(optimizer).__qualname__
+    theirs, ours = qualname_of(record.class_name), type(optimizer).__qualname__
     if theirs != ours:
         mismatch(f"a {theirs} in the file, a {ours} here")
     by_name = {name: i for i, group in enumerate(record.groups) for name in group.parameters}

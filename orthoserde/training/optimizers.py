@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
+from orthoserde.manifest import class_name
 from orthoserde.state_tree import check_text, encode_tree
 from orthoserde.training.sources import Sources
 from orthoserde.training_record import GroupRecord, OptimizerRecord
@@ -51,11 +52,6 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     if class_name(type(optimizer)) == "accelerate.optimizer:AcceleratedOptimizer":
         return _unwrapped(cast("Any", optimizer).optimizer)
     return optimizer
-
-
-def class_name(cls: type) -> str:
-    """How a class is recorded: ``module:qualname``."""
-    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def place_of(label: str) -> str:

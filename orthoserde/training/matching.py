@@ -85,6 +85,7 @@ class OptimizerPlan:
         optimizer: The optimizer.
         record: What the file has.
         numbers: By name in the file, the number and parameter of this optimizer.
+        own_groups: Its groups as its ``state_dict`` has them.
         groups: For each of its groups, that of the file, None where all of it starts afresh.
         same_dtype: Names of the parameters that have the dtype with which they were saved.
         whole: Whether state that belongs to no parameter is loaded too, which it is unless all starts afresh.
@@ -94,6 +95,7 @@ class OptimizerPlan:
     optimizer: Optimizer
     record: OptimizerRecord
     numbers: dict[str, tuple[int, Tensor]]
+    own_groups: list[dict[str, Any]]
     groups: list[GroupRecord | None]
     same_dtype: frozenset[str]
     whole: bool
@@ -114,9 +116,8 @@ class OptimizerPlan:
     def decode(self, tensor: GetTensor) -> None:
         """Make the state that its ``load_state_dict`` will be given."""
         where = place_of(self.label)
-        own = cast("Mapping[str, Any]", self.optimizer.state_dict())
         groups = []
-        for group, stored in zip(own["param_groups"], self.groups, strict=True):
+        for group, stored in zip(self.own_groups, self.groups, strict=True):
             options = {} if stored is None else _mapping(decode_tree(stored.options, where, tensor), where)
             groups.append({**group, **options, "params": group["params"]})
         state: dict[Any, object] = {
@@ -192,7 +193,8 @@ def match_optimizer(
     charts: dict[str, None] = {}
     own_groups: list[set[str]] = []
     seen: set[str] = set()
-    reverse = {id(parameter): number for number, parameter in numbered(optimizer, optimizer.state_dict()).items()}
+    state_dict = cast("Mapping[str, Any]", optimizer.state_dict())
+    reverse = {id(parameter): number for number, parameter in numbered(optimizer, state_dict).items()}
     for i, group in enumerate(optimizer.param_groups):
         own_groups.append(set())
         for j, parameter in enumerate(group["params"]):
@@ -222,7 +224,7 @@ def match_optimizer(
     afresh = {name for name in (*seen, *by_name) if wanted.is_reset(name) or wanted.chart_of(name) is not None}
     groups = _matched_groups(own_groups, afresh, record, mismatch)
     plan = OptimizerPlan(
-        *(label, optimizer, record, numbers, groups),
+        *(label, optimizer, record, numbers, state_dict["param_groups"], groups),
         frozenset(_same_dtypes(numbers, wanted.manifest)),
         whole=ALL not in wanted.reset,
     )

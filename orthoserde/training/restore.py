@@ -141,6 +141,8 @@ class TrainingPlan:
             IncompatibleModelError: One of them refused; all of them are as they were, or the error names those that
                 could not be given back what they had.
         """
+        if not self.optimizers and not self.objects:
+            return lambda: None  # a load of a model alone does not wait for the generators to be compared
         done: list[tuple[str, Undo]] = []
         where, before = "", generators.fingerprint()
         try:

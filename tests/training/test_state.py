@@ -805,6 +805,37 @@ class Dice:
         torch.set_rng_state(state["torch"])
 
 
+def test_a_load_of_a_model_alone_does_not_compare_generators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Any:
+        raise AssertionError("nothing is loaded that could move them")
+
+    saved(tmp_path / "m", state={"step": 3}, rng=True)
+    monkeypatch.setattr("orthoserde.training.rng.fingerprint", refuse)
+    model, state = net(), {"step": 0}
+    orthoserde.load(model, tmp_path / "m", state=state, rng=True)
+    assert state == {"step": 3}
+    with pytest.raises(AssertionError, match="nothing is loaded"):
+        orthoserde.load(model, tmp_path / "m", optimizer=Adam(model.parameters()))
+
+
+def test_a_load_asks_an_optimizer_once_for_its_state(tmp_path: Path) -> None:
+    """Some gather it from other devices, or copy it."""
+    calls: list[int] = []
+
+    class Asked(Adam):
+        def state_dict(self) -> dict[str, Any]:
+            calls.append(1)
+            return super().state_dict()
+
+    saved(tmp_path / "m", Asked)
+    model = net()
+    optimizer = Asked(model.parameters(), lr=0.5)
+    calls.clear()
+    orthoserde.load(model, tmp_path / "m", optimizer=optimizer)
+    assert len(calls) == 1
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
 def test_generators_that_an_object_moves_stay_moved(tmp_path: Path) -> None:
     orthoserde.save(net(), tmp_path / "m", state={"dice": Dice()})
     expected = torch.rand(3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ class Wanted:
         for key, parameter in self.parameters.items():
             self._keys.setdefault(id(parameter), []).append(key)
 
-    def name_of(self, parameter: Tensor, known: Mapping[str, object]) -> str | None:
+    def name_of(self, parameter: Tensor, known: Collection[str]) -> str | None:
         """What the file calls a parameter, or would; None if the model does not have it."""
         keys = [self.manifest.kept_key(key) for key in self._keys.get(id(parameter), ())]
         return next((key for key in keys if key in known), keys[0] if keys else None)
@@ -188,40 +188,11 @@ def match_optimizer(
     theirs, ours = qualname_of(record.class_name), type(optimizer).__qualname__
     if theirs != ours:
         mismatch(f"a {theirs} in the file, a {ours} here")
-    by_name = {name: i for i, group in enumerate(record.groups) for name in group.parameters}
-    numbers: dict[str, tuple[int, Tensor]] = {}
-    charts: dict[str, None] = {}
-    own_groups: list[set[str]] = []
-    seen: set[str] = set()
     state_dict = cast("Mapping[str, Any]", optimizer.state_dict())
-    reverse = {id(parameter): number for number, parameter in numbered(optimizer, state_dict).items()}
-    for i, group in enumerate(optimizer.param_groups):
-        own_groups.append(set())
-        for j, parameter in enumerate(group["params"]):
-            name = wanted.name_of(parameter, by_name)
-            if name is None:
-                mismatch(
-                    f"number {j} of group {i}, of shape {list(parameter.shape)}, is no parameter of the model, or no "
-                    "longer after this load; make the optimizer from the model's parameters, if need be after the load"
-                )
-            elif name in seen:
-                mismatch(f"two parameters here are {name} in the file, which is one; tie them as they were saved")
-            else:
-                seen.add(name)
-                own_groups[-1].add(name)
-                chart = None if wanted.is_reset(name) else wanted.chart_of(name)
-                if chart is not None:
-                    charts[chart] = None
-                elif not wanted.is_reset(name):
-                    numbers[name] = (reverse[id(parameter)], parameter)
-    for chart in charts:
-        mismatch(
-            f"the file has the computed weight of {chart} alone, so that its state belongs to other coordinates; start "
-            f"it afresh with reset=[{chart!r}]"
-        )
-    for name in by_name:
-        wanted.is_reset(name)  # a name that only the file has is a name to reset too
-    afresh = {name for name in (*seen, *by_name) if wanted.is_reset(name) or wanted.chart_of(name) is not None}
+    theirs_all = {name for group in record.groups for name in group.parameters}
+    paired, own_groups = _paired(optimizer, state_dict, theirs_all, wanted, mismatch)
+    afresh = _afresh(paired, theirs_all, wanted, mismatch)
+    numbers = {name: pair for name, pair in paired.items() if name not in afresh}
     groups = _matched_groups(own_groups, afresh, record, mismatch)
     plan = OptimizerPlan(
         *(label, optimizer, record, numbers, state_dict["param_groups"], groups),
@@ -235,6 +206,51 @@ def match_optimizer(
         _check_options(plan, wanted.described, mismatch)
         _check_state(plan, wanted.described, mismatch)
     return plan
+
+
+def _paired(
+    optimizer: Optimizer,
+    state_dict: Mapping[str, Any],
+    known: Collection[str],
+    wanted: Wanted,
+    mismatch: Callable[[str], None],
+) -> tuple[dict[str, tuple[int, Tensor]], list[set[str]]]:
+    """Numbers and parameters of an optimizer by the names that the file has for them, and the names in each group."""
+    number_of = {id(parameter): number for number, parameter in numbered(optimizer, state_dict).items()}
+    paired: dict[str, tuple[int, Tensor]] = {}
+    groups: list[set[str]] = []
+    for i, group in enumerate(optimizer.param_groups):
+        groups.append(set())
+        for j, parameter in enumerate(group["params"]):
+            name = wanted.name_of(parameter, known)
+            if name is None:
+                mismatch(
+                    f"number {j} of group {i}, of shape {list(parameter.shape)}, is no parameter of the model, or no "
+                    "longer after this load; make the optimizer from the model's parameters, if need be after the load"
+                )
+            elif name in paired:
+                mismatch(f"two parameters here are {name} in the file, which is one; tie them as they were saved")
+            else:
+                paired[name] = (number_of[id(parameter)], parameter)
+                groups[-1].add(name)
+    return paired, groups
+
+
+def _afresh(
+    paired: Collection[str], known: Collection[str], wanted: Wanted, mismatch: Callable[[str], None]
+) -> set[str]:
+    """Names of the parameters whose state starts afresh: that was asked for, or they start in a new chart."""
+    # A name that only the file has is a name to reset too.
+    reset = {name for name in (*paired, *known) if wanted.is_reset(name)}
+    charts = {
+        name: chart for name in (*paired, *known) if name not in reset and (chart := wanted.chart_of(name)) is not None
+    }
+    for chart in dict.fromkeys(charts[name] for name in paired if name in charts):
+        mismatch(
+            f"the file has the computed weight of {chart} alone, so that its state belongs to other coordinates; start "
+            f"it afresh with reset=[{chart!r}]"
+        )
+    return reset | charts.keys()
 
 
 def _matched_groups(

@@ -27,6 +27,7 @@ FLOORS = {
     "completion": 1,
     "thin_maps": 1,
     "describe": 1,
+    "optimizers": 1,
     "registered_class": 1,
     "registry": 1,
     "storage": 1,

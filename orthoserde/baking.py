@@ -147,6 +147,6 @@ def _unprune(inventory: Inventory) -> dict[str, str]:
         if id(module) not in seen:
             seen.add(id(module))
             for name in _torch.pruned_names(module):
-                prune.remove(module, name)
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
                 done[join(path, name)] = "pruning, a hook"
     return done

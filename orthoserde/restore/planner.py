@@ -159,7 +159,8 @@ class _Planner:
         if not reparametrize:
             self.plan.mismatch(
                 record.name,
-                f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, or let load do it",
+                f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, let load "
+                "do it, or bake the file",
             )
             self._settle([*plain_keys, *prefixes])
             return

@@ -98,6 +98,7 @@ SIDEWAYS = {
     ("proof", "api"),
     ("probe", "parametrizations"),
     ("recompute", "parametrizations"),
+    ("transforms", "names"),
     ("transforms", "recompute"),
     ("walk", "parametrizations"),
     ("__main__", "cli"),

@@ -59,6 +59,7 @@ ERRORS = {
 }
 
 VALUES = {
+    "BakeReport",
     "CanonicalizeReport",
     "ChartReport",
     "Codec",

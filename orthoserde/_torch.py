@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
@@ -84,6 +84,11 @@ def child_modules(module: nn.Module) -> dict[str, nn.Module]:
 def forward_pre_hooks(module: nn.Module) -> list[object]:
     """What is called before the forward of this very module, in order."""
     return list(module._forward_pre_hooks.values())
+
+
+def pruned_names(module: nn.Module) -> list[str]:
+    """Names of the tensors of this very module that ``torch.nn.utils.prune`` masks."""
+    return [hook._tensor_name for hook in forward_pre_hooks(module) if isinstance(hook, prune.BasePruningMethod)]
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from orthoserde.manifest import (
     ParametrizedRecord,
     TensorRecord,
     check_references,
+    class_name,
 )
 from orthoserde.names import original_keys
 from orthoserde.parametrizations import codec_for_type
@@ -192,11 +193,6 @@ def link_record(parametrization: nn.Module, registry: Registry, encoding: str = 
     return ParametrizationRecord(
         codec.kind, codec.version, _checked_config(codec, parametrization), None, dict.fromkeys(roles, encoding)
     )
-
-
-def class_name(cls: type) -> str:
-    """How an unregistered class is recorded: ``module:qualname``."""
-    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def weight_shape(tensor: ParametrizedTensor, registry: Registry) -> torch.Size | None:

@@ -286,6 +286,16 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def class_name(cls: type) -> str:
+    """How a file records a class that it does not know by a kind: ``module:qualname``."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def qualname_of(recorded: str) -> str:
+    """The part of :func:`class_name` that is compared: the module changes when a script is imported instead of run."""
+    return recorded.partition(":")[2]
+
+
 def check_references(manifest: Manifest, where: str) -> None:
     """Hold the parts of a manifest to each other.
 

@@ -15,10 +15,13 @@ Source: torch/nn/utils/weight_norm.py, torch/nn/utils/spectral_norm.py and torch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -87,6 +90,27 @@ def configs_by_shapes(kind: str, shapes: Mapping[str, Sequence[int]]) -> list[di
     more: dict[str, JSON] = {} if weight_norm else {"eps": 1e-12, "n_power_iterations": 1}
     configs: list[dict[str, JSON]] = [{"dim": dim, **more} for dim in dims]
     return [config for config in configs if codec.check(config, originals, roles) is None]
+
+
+def power_method_error(original: Tensor, u: Tensor, v: Tensor, dim: int) -> float:
+    """How far one of two vectors is from what the power method makes of the other, whichever is nearer.
+
+    After each step of training it is 0 for one of them, up to what the optimizer then does to the weight.
+
+    Args:
+        original: The unconstrained weight, of any shape and floating dtype.
+        u: A unit vector as long as its dimension ``dim``.
+        v: A unit vector as long as the product of the others.
+        dim: The dimension.
+
+    Returns:
+        A distance from 0 to 2, infinite where it cannot be told.
+    """
+    matrix = original.detach().to(torch.float64).movedim(dim, 0).flatten(1)
+    left, right = u.detach().to(torch.float64), v.detach().to(torch.float64)
+    images = ((matrix @ right, left), (matrix.mT @ left, right))
+    errors = [float(torch.linalg.vector_norm(functional.normalize(image, dim=0) - each)) for image, each in images]
+    return min((error for error in errors if not math.isnan(error)), default=math.inf)
 
 
 def _weight_normed(module: nn.Module, tensor_name: str, dim: int) -> HookedWeight | None:

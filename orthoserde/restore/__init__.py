@@ -17,6 +17,7 @@ from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity, LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
+from orthoserde.restore.baked import bake_bare
 from orthoserde.restore.check import check_bases, check_digests, check_ties
 from orthoserde.restore.forms import in_forms_of
 from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
@@ -54,7 +55,8 @@ def restore(
     with _torch.undisturbed():
         inventory = take_inventory(model)
         forms = in_forms_of(checkpoint, inventory, registry, verify=verify)
-        completed = complete_checkpoint(expand(forms.checkpoint.without_training()), inventory, registry, legacy)
+        baked = bake_bare(forms.checkpoint.without_training(), inventory, registry, legacy)
+        completed = complete_checkpoint(expand(baked.checkpoint), inventory, registry, legacy)
         plan = make_plan(
             completed.checkpoint.manifest,
             inventory,
@@ -64,8 +66,9 @@ def restore(
             device=where,
             computed={name: weight.action for name, weight in completed.weights.items()},
         )
-        plan.problems[:0] = [*forms.problems, *completed.problems]
+        plan.problems[:0] = [*forms.problems, *baked.problems, *completed.problems]
         forms.note(plan)
+        baked.note(plan, inventory.slots)
         afresh = [outcome.name for outcome in plan.outcomes if outcome.fidelity is Fidelity.INFERENCE]
         wanted = plan_training(forms.checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
         plan.problems += wanted.problems
@@ -78,6 +81,7 @@ def restore(
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
         _refuse(checkpoint, model, plan, strict)
         _warn(checkpoint, completed)
+        baked.warn()
         wanted.read(checkpoint, verify=verify)
         digests = completed.checkpoint.manifest.digests if verify else {}
         apply(completed.checkpoint, plan, digests, wanted.apply)

@@ -159,7 +159,8 @@ class _Planner:
         if not reparametrize:
             self.plan.mismatch(
                 record.name,
-                f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, or let load do it",
+                f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, let load "
+                "do it, or bake the file",
             )
             self._settle([*plain_keys, *prefixes])
             return
@@ -270,7 +271,8 @@ class _Planner:
             # A part may also come in under the name of a tensor that it is tied to.
             present = {part for part in required if id(ours[part]) in covered}
             if (theirs or present) and not self.settled.issuperset(prefixes):
-                odd = (required - present) | (theirs.keys() - ours.keys())
+                # Parts of a hooked tensor are plain tensors to a selection, and their local names are keys.
+                odd = ((required - present) | (theirs.keys() - ours.keys())) - self.left_out
                 if odd:
                     text = (
                         f"only part of its state is on both sides ({', '.join(sorted(odd))} is not), which is refused"

@@ -173,6 +173,14 @@ def test_verify_computes_it_and_notices_a_mask_of_another_shape(tmp_path: Path) 
     assert_unchanged(bare, before)
 
 
+def test_a_baked_model_has_the_masked_weight() -> None:
+    model = masked()
+    weight = weight_of(model[0]).detach()
+    assert not weight.all()
+    assert "torch>fake_sparsity" in str(orthoserde.bake_(model))
+    assert torch.equal(model.state_dict()["0.weight"], weight)
+
+
 def test_torch_ao_pruning_is_imported_only_by_who_asks_for_the_kind() -> None:
     code = (
         "import sys, torch, orthoserde\n"

@@ -101,6 +101,7 @@ def test_an_attached_constraint_is_the_one_that_was_saved(name: str, shape: str,
 
 
 def parametrized_by(model: nn.Module) -> Any:
+    """The first parametrization of the weight."""
     return model.get_submodule("parametrizations.weight.0")
 
 
@@ -148,7 +149,8 @@ def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def own(matrix: Tensor) -> Tensor:
-    return torch.linalg.matrix_exp(matrix)
+    rotation: Tensor = torch.linalg.matrix_exp(matrix)
+    return rotation
 
 
 def own_positive(values: Tensor) -> Tensor:
@@ -249,7 +251,7 @@ def test_what_the_user_registered_stays(tmp_path: Path) -> None:
     @registry.register("geotorch>Sphere")
     class Sphere(nn.Module):
         def forward(self, value: Tensor) -> Tensor:
-            return value / value.norm()
+            return torch.nn.functional.normalize(value, dim=-1)
 
     registry.register("mine>Stiefel")(Mine)
     extended = extend(registry)
@@ -269,10 +271,12 @@ def test_a_constraint_inside_of_a_registered_one_is_checked_too(tmp_path: Path) 
             self.rotation = geotorch.SO((4, 4), triv)
 
         def forward(self, value: Tensor) -> Tensor:
-            return 2.0 * self.rotation(value)  # type: ignore[no-any-return]
+            rotated: Tensor = self.rotation(value)
+            return 2.0 * rotated
 
         def right_inverse(self, value: Tensor) -> Tensor:
-            return self.rotation.right_inverse(value / 2.0, check_in_manifold=False)  # type: ignore[no-any-return]
+            original: Tensor = self.rotation.right_inverse(value / 2.0, check_in_manifold=False)
+            return original
 
     model, other = Holder((4, 4)), Holder((4, 4))
     parametrize.register_parametrization(model, "weight", Scaled(), unsafe=True)
@@ -461,6 +465,19 @@ def test_a_damaged_weight_is_projected(name: str, tmp_path: Path) -> None:
     assert float((weight_of(other) - damaged).abs().max()) < 0.1
 
 
+# Serving
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_a_baked_model_keeps_its_weight(name: str, shape: str, tmp_path: Path) -> None:
+    model = constrained(name, shape)
+    train(model, adam(model), 3)
+    weight = weight_of(model)
+    orthoserde.bake_(model)
+    assert torch.equal(weight_of(model), weight)
+    assert set(model.state_dict()) == {"weight", "shift"}
+
+
 # Without geotorch
 
 
@@ -533,7 +550,7 @@ def test_a_configuration_out_of_range_does_not_build(name: str, config: dict[str
 
 def test_shapes_that_contradict_each_other_are_noticed() -> None:
     codec = GeotorchCodec(geotorch.Stiefel, "Stiefel")
-    config = {"size": [5, 3], "triv": "expm"}
+    config: dict[str, Any] = {"size": [5, 3], "triv": "expm"}
     assert codec.check(config, {"original": (5, 3)}, {"base": (5, 5)}) is None
     assert codec.check(config, {"original": (5, 3)}, {"base": (4, 4)}) is not None
     assert codec.check(config, {"original": (5, 3)}, {}) is not None

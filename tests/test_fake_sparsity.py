@@ -97,6 +97,14 @@ def test_a_bare_model_gets_its_mask_back_in_its_own_dtype(dtype: torch.dtype, tm
     assert_same_state(bare, model)
 
 
+def test_a_bare_model_on_the_meta_device_gets_its_mask(tmp_path: Path) -> None:
+    model = masked()
+    orthoserde.save(model, tmp_path / "m")
+    bare = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).to("meta")
+    assert orthoserde.load(bare, tmp_path / "m").fidelity is Fidelity.EXACT
+    assert_same_state(bare, model)
+
+
 def test_a_sparsifier_goes_on_with_a_restored_model(tmp_path: Path) -> None:
     def prepared() -> tuple[nn.Sequential, Any]:
         model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))

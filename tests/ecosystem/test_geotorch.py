@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 import orthoserde
 from orthoserde import Fidelity, IncompatibleModelError, LegacyCheckpointWarning, Registry, storage
 from orthoserde.capture import capture
-from orthoserde.codec import Codec
+from orthoserde.codec import Codec, own_tensors
 from orthoserde.integrations.geotorch import extend
 from orthoserde.integrations.geotorch.codec import GeotorchCodec
 from orthoserde.integrations.geotorch.constraints import ROUNDING, SORTS
@@ -81,6 +81,31 @@ def test_a_bare_model_gets_its_constraint_back_and_trains_on(name: str, shape: s
     assert torch.equal(weight_of(plain), weight_of(model))
     assert all(tensor.device.type == "cpu" for tensor in plain.buffers())
     assert train(plain, adam(plain), 5) == train(model, adam(model), 5)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_a_bare_model_on_the_meta_device_gets_all_of_it(name: str, shape: str, tmp_path: Path) -> None:
+    model = constrained(name, shape)
+    orthoserde.save(model, tmp_path / FILE)
+    plain = bare(name, shape).to("meta")
+    assert orthoserde.load(plain, tmp_path / FILE).fidelity is Fidelity.EXACT
+    assert torch.equal(weight_of(plain), weight_of(model))
+    assert all(tensor.device.type == "cpu" for tensor in (*plain.parameters(), *plain.buffers()))
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_building_one_costs_neither_memory_nor_random_numbers(name: str, shape: str) -> None:
+    codec = GeotorchCodec(getattr(geotorch, name), name)
+    like = torch.empty(CONSTRAINTS[name].shapes[shape])
+    link = parametrized_by(constrained(name, shape))
+    before = surroundings()
+    config = codec.config(link)
+    assert config is not None
+    built = codec.build(config, like)
+    assert surroundings() == before
+    ours, theirs = own_tensors(built), own_tensors(link)
+    assert {role: tensor.shape for role, tensor in ours.items()} == {role: t.shape for role, t in theirs.items()}
+    assert all(tensor.device.type == "meta" for tensor in ours.values())
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)

@@ -92,7 +92,7 @@ class GeotorchCodec:
             raise ConfigError(f"{self.kind}: not a configuration of this geotorch: {dict(config)}")
         arguments: list[Any] = [config[name] for name in self._sort.arguments]
         try:
-            with _torch.undisturbed(), torch.device("meta"):
+            with torch.device("meta"):
                 if not self._sort.sized:
                     return self.type(*arguments)
                 return _single(self.type(torch.Size((_BATCH, *size)), *arguments))

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal
 
 import orthoserde
-from orthoserde import Fidelity, IncompatibleModelError, Registry, storage
+from orthoserde import ConfigError, Fidelity, IncompatibleModelError, Registry, storage
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import Codec
 from orthoserde.parametrizations import codec_for_kind, codec_for_type
@@ -187,6 +187,18 @@ def test_a_baked_model_has_the_masked_weight() -> None:
     assert not weight.all()
     assert "torch>fake_sparsity" in str(orthoserde.bake_(model))
     assert torch.equal(model.state_dict()["0.weight"], weight)
+
+
+def test_shapes_and_configurations_that_are_none_are_noticed() -> None:
+    codec = codec_for_type(Registry(), FakeSparsity)
+    assert codec is not None
+    assert codec.check({}, {"original": (4, 6)}, {"mask": (4, 6)}) is None
+    assert codec.check({}, {"original": (4, 6)}, {"mask": (6, 4)}) is not None
+    assert codec.check({}, {"original": (4, 6)}, {}) is not None
+    assert codec.check({}, {"original0": (4, 6)}, {"mask": (4, 6)}) is not None
+    for config, like in (({"sparsity": 0.5}, torch.empty(4, 6)), ({}, None)):
+        with pytest.raises(ConfigError, match="not a configuration"):
+            codec.build(config, like)
 
 
 def test_torch_ao_pruning_is_imported_only_by_who_asks_for_the_kind() -> None:

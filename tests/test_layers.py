@@ -77,6 +77,7 @@ SIDEWAYS = {
     ("manifest_json", "manifest"),
     ("manifest_json", "tensor_bytes"),
     ("manifest", "tensor_bytes"),
+    ("checkpoint", "_torch"),
     ("checkpoint", "errors"),
     ("checkpoint", "manifest"),
     ("checkpoint", "side_by_side"),

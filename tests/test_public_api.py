@@ -55,6 +55,7 @@ ERRORS = {
     "OrthoserdeError": Exception,
     "ProofError": RuntimeError,
     "RegistrationError": ValueError,
+    "TornSaveError": RuntimeError,
     "UnsupportedModuleError": RuntimeError,
 }
 

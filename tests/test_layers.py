@@ -92,6 +92,8 @@ SIDEWAYS = {
     ("integrations", "capture"),
     ("integrations", "charts"),
     ("integrations", "restore"),
+    ("traps", "integrations"),
+    ("baking", "integrations"),
     ("transforms", "parametrizations"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),

@@ -438,12 +438,21 @@ def test_rounding_of_a_larger_tensor_is_far_from_what_is_refused(name: str) -> N
         assert not codec.admits(weight.bfloat16().float(), config)
 
 
-def test_a_damaged_base_is_found_by_verify(tmp_path: Path) -> None:
+def test_a_damaged_base_is_found_by_verify_and_diagnose(tmp_path: Path) -> None:
     model = constrained("Stiefel", "tall")
     with torch.no_grad():
         parametrized_by(model).base.mul_(1.01)
     orthoserde.save(model, tmp_path / FILE)
     assert orthoserde.verify(tmp_path / FILE).off_constraint == ("weight",)
+    assert [finding.code for finding in orthoserde.diagnose(model)] == ["weight-off-constraint"]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_a_sound_model_has_no_traps(name: str, shape: str) -> None:
+    model = constrained(name, shape)
+    optimizer = adam(model)
+    train(model, optimizer, 3)
+    assert orthoserde.diagnose(model, optimizer) == []
 
 
 # Computed weights
@@ -498,7 +507,7 @@ def test_a_baked_model_keeps_its_weight(name: str, shape: str, tmp_path: Path) -
     model = constrained(name, shape)
     train(model, adam(model), 3)
     weight = weight_of(model)
-    orthoserde.bake_(model)
+    assert f"geotorch>{name}" in str(orthoserde.bake_(model))
     assert torch.equal(weight_of(model), weight)
     assert set(model.state_dict()) == {"weight", "shift"}
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
+from orthoserde.evaluate import spoken_for
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
 from orthoserde.names import hook_prefixes, local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
 from orthoserde.registry import Registry
@@ -294,8 +295,7 @@ class _Planner:
                 self.plan.lower(verdict.fidelity)
             elif strict and self._owner_of(f"{record.path}.") is None:
                 self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
-        links = {id(_torch.unwrap(link)) for tensor in self.live.values() for link in tensor.parametrizations}
-        known = recorded | links | self.fresh
+        known = recorded | spoken_for(self.live.values(), self.registry) | self.fresh
         for path, module in self.modules.items():
             codec = self.registry.for_type(_torch.class_before_parametrizations(module))
             if codec is not None:

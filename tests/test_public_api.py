@@ -126,7 +126,9 @@ def test_a_docstring_names_every_argument(function: str) -> None:
 
 def test_a_checkpoints_save_takes_every_argument_of_a_save_but_that_of_folders() -> None:
     of_save = inspect.signature(orthoserde.save).parameters
-    passed_on = {name for name, each in of_save.items() if each.kind is inspect.Parameter.KEYWORD_ONLY} - {"max_shard_size"}
+    passed_on = {name for name, each in of_save.items() if each.kind is inspect.Parameter.KEYWORD_ONLY} - {
+        "max_shard_size"
+    }
     assert set(SaveArguments.__annotations__) == passed_on
 
 

@@ -76,22 +76,29 @@ class Standing:
         Raises:
             FileAccessError: The system refuses to remove something; the new checkpoint stands.
         """
+        single = os.path.join(self.folder, SINGLE)
+        try:
+            self._remove_others(kept)
+        except OSError as error:
+            first = SINGLE not in kept and os.path.lexists(single)
+            what = "the older one in one file, which is read before it," if first else "files of the old one"
+            raise FileAccessError(
+                error.errno,
+                f"the new checkpoint is saved, but {what} cannot be removed: {error.strerror}",
+                error.filename or self.folder,
+            ) from error
+
+    def _remove_others(self, kept: Collection[str]) -> None:
         single, index = os.path.join(self.folder, SINGLE), os.path.join(self.folder, INDEX)
         if SINGLE not in kept and _is_own_single(single):
-            _remove(single, "this older one, which is read before it,")
+            os.unlink(single)
         if INDEX not in kept and _shards_of(index) is not None:
-            _remove(index)
-        try:
-            sync_folder(self.folder)  # what refers to shards goes for good before they do
-            names = {*os.listdir(self.folder), *self.shards} - set(kept)
-        except OSError as error:
-            raise FileAccessError(
-                error.errno, f"the new checkpoint is saved, but files of the old one are left: {error.strerror}", index
-            ) from error
-        for name in sorted(names):
+            os.unlink(index)
+        sync_folder(self.folder)  # what refers to shards goes for good before they do
+        for name in sorted({*os.listdir(self.folder), *self.shards} - set(kept)):
             path = os.path.join(self.folder, name)
             if (is_shard_name(name) or name in self.shards) and own_shard_header(path) is not None:
-                _remove(path)
+                os.unlink(path)
         remove_leftovers(self.folder, is_own_name)
 
 
@@ -145,14 +152,3 @@ def own_shard_header(path: str) -> bytes | None:
     forms = {key: (entry.dtype, entry.shape) for key, entry in header.entries.items()}
     # Other tools may keep what they do not know of a header, but do not write it byte for byte as we do.
     return raw if is_shard(header.metadata) and encode_header(forms, header.metadata) == raw else None
-
-
-def _remove(path: str, what: str = "this file of the old one") -> None:
-    try:
-        os.unlink(path)
-    except OSError as error:
-        raise FileAccessError(
-            error.errno,
-            f"the new checkpoint is saved, but {what} cannot be removed: {error.strerror}",
-            path,
-        ) from error

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import FileAccessError, FileFormatError
+from orthoserde.errors import CommitUncertainError, FileAccessError, FileFormatError
 from orthoserde.manifest import TensorRecord
 from orthoserde.storage.atomic import create_temporary, refused, replacing, sync_folder
 from orthoserde.storage.format import digest_in, envelope, in_storage_order, shard_header
@@ -131,14 +131,28 @@ def _write(
             os.replace(shard.path, target)
             placed += [target] if fresh else []
         sync_folder(standing.folder)
-        with replacing(index_path) as file:
-            write_all(file, memoryview(text))
+        _place_index(index_path, text, standing)
     except BaseException as error:
         _discard(staged, placed, index_path, text)
         if isinstance(error, OSError):
             raise refused(error, "cannot write", standing.folder) from error
         raise
     return sum(shard.size for shard in shards) + len(text), [*names, INDEX]
+
+
+def _place_index(path: str, text: bytes, standing: Standing) -> None:
+    try:
+        with replacing(path) as file:
+            write_all(file, memoryview(text))
+    except CommitUncertainError as error:
+        if not standing.has_single:
+            raise
+        raise FileAccessError(
+            error.errno,
+            "the new checkpoint is saved, but perhaps not durably, so the older one in one file, which is read before "
+            f"it, was not removed: {error.strerror}",
+            standing.folder,
+        ) from error
 
 
 def _stage(checkpoint: Checkpoint, records: Mapping[str, TensorRecord], target: str, staged: list[str]) -> _Staged:

@@ -19,14 +19,15 @@ from orthoserde.storage.leftovers import TEMPORARY_MARK, try_lock
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
+def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[io.FileIO]:
     """Open a temporary file that becomes ``path`` when the block ends without an exception.
 
     A symbolic link is followed: the file it points to is replaced. The mode is that of the replaced file, or what the
-    umask leaves of 0666.
+    umask leaves of 0666 unless ``mode`` is given.
 
     Args:
         path: The file to create or replace.
+        mode: Permission bits where no file is replaced.
 
     Raises:
         FileAccessError: The system refused something; the previous file is untouched and no temporary file is left.
@@ -35,7 +36,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
     name = os.fsdecode(path)
     try:
         name = os.path.realpath(name)
-        mode = _mode_of(name)
+        replaced = mode_of(name)
+        mode = mode if replaced is None else replaced
         temporary, descriptor = create_temporary(name)
     except OSError as error:
         raise refused(error, "cannot create", name) from error
@@ -43,8 +45,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
         raise FileAccessError(errno.EINVAL, str(error), name) from error
     try:
         with os.fdopen(descriptor, "w+b", buffering=0) as file:
-            if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(file.fileno(), mode)
+            set_mode(file.fileno(), mode)
             yield file
             os.fsync(file.fileno())
         os.replace(temporary, name)
@@ -85,7 +86,13 @@ def refused(error: OSError, what: str, name: str) -> FileAccessError:
     )
 
 
-def _mode_of(name: str) -> int | None:
+def set_mode(descriptor: int, mode: int | None) -> None:
+    """Give an open file these permission bits; None leaves them, and Windows has none. Raises OSError."""
+    if mode is not None and hasattr(os, "fchmod"):
+        os.fchmod(descriptor, mode)
+
+
+def mode_of(name: str) -> int | None:
     """Permission bits of the file that is about to be replaced, None where there is none."""
     try:
         status = os.stat(name)

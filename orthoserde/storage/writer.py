@@ -19,12 +19,13 @@ from orthoserde.tensor_bytes import Digest
 NO_DIGEST = "0" * 32
 
 
-def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
+def write(checkpoint: Checkpoint, path: str | os.PathLike[str], mode: int | None = None) -> int:
     """Write a checkpoint to a file, durably and as a whole.
 
     Args:
         checkpoint: What to write. Its tensors are read once, in storage order.
         path: The file to create or replace.
+        mode: Permission bits where no file is replaced; by default what the umask leaves of 0666.
 
     Returns:
         The size of the file in bytes.
@@ -41,7 +42,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
     manifest = dataclasses.replace(checkpoint.manifest, tensors=records)
     # Digests have a fixed width, so the header's size is known before they are: it is written last, in its place.
     header_bytes = len(file_header(with_digests(manifest, dict.fromkeys(records, NO_DIGEST))))
-    with replacing(path) as file:
+    with replacing(path, mode) as file:
         size, digests = write_tensors(file, checkpoint, records, header_bytes)
         write_header(file, file_header(with_digests(manifest, digests)), size)
     return size

@@ -218,7 +218,7 @@ def test_a_system_that_takes_few_bytes_at_a_time_gets_all_of_them(small: Path, m
     file = ReluctantFile()
 
     @contextlib.contextmanager
-    def reluctant(path: Path) -> Iterator[ReluctantFile]:
+    def reluctant(path: Path, mode: int | None) -> Iterator[ReluctantFile]:
         yield file
 
     monkeypatch.setattr(writer, "replacing", reluctant)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from torch import nn
 
 import orthoserde
 from orthoserde import storage
-from orthoserde.errors import ConfigError, FileAccessError, FileFormatError, MissingPackageError
+from orthoserde.errors import ConfigError, FileFormatError, MissingPackageError
 from orthoserde.storage.open_file import ReopenedFile
 from orthoserde.storage.shards import reading
 from orthoserde.storage.shards.index import decode_index
@@ -25,7 +24,6 @@ from tests.helpers import assert_unchanged, snapshot
 from tests.storage.shard_cases import (
     INDEX,
     LIMIT,
-    SINGLE,
     as_transformers_reads,
     equal,
     loaded,
@@ -164,162 +162,13 @@ def test_other_readers_of_safetensors_find_the_tensors(folder: Path) -> None:
     assert equal(as_transformers_reads(folder), expected)
 
 
-# One file, shards, and what stood there before
+def test_prove_takes_a_folder(folder: Path) -> None:
+    proof = orthoserde.prove(folder, make, step, steps=1)
+    assert proof.grade is orthoserde.Grade.DETERMINISTIC  # there is no reference
 
 
-def test_what_fits_into_one_shard_is_one_file(tmp_path: Path) -> None:
-    report = orthoserde.save(make(1.0), tmp_path / "folder", max_shard_size="1GB")
-    assert names(tmp_path / "folder") == [SINGLE]
-    assert report.file_bytes == (tmp_path / "folder" / SINGLE).stat().st_size
-    assert equal(loaded(tmp_path / "folder"), state(make(1.0)))
-
-
-def test_a_model_without_tensors_is_one_file(tmp_path: Path) -> None:
-    orthoserde.save(nn.ReLU(), tmp_path / "folder", max_shard_size=1)
-    assert names(tmp_path / "folder") == [SINGLE]
-
-
-SIZES: list[int | str] = [1, LIMIT, LIMIT, 500, "1GB", "1GB", 200, "1GB", LIMIT]
-
-
-def test_each_save_replaces_the_one_before_and_leaves_nothing_of_it(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    for value, size in enumerate(SIZES):
-        orthoserde.save(make(value), folder, max_shard_size=size)
-        assert names(folder) == ([SINGLE] if size == "1GB" else [*shards(folder), INDEX])
-        assert equal(loaded(folder), state(make(value)))
-        assert orthoserde.verify(folder).ok
-
-
-def test_no_shard_takes_the_name_of_one_that_the_index_still_refers_to(folder: Path) -> None:
-    first = shards(folder)
-    orthoserde.save(make(2.0), folder, max_shard_size=LIMIT)
-    second = shards(folder)
-    assert not set(first) & set(second)
-    # What transformers takes for a shard when it cleans a folder.
-    assert all(name.startswith("model-") and name.endswith("-of-00004.safetensors") for name in second)
-
-
-def test_the_same_save_again_keeps_the_names(folder: Path) -> None:
-    before = {name: (folder / name).read_bytes() for name in names(folder)}
-    orthoserde.save(make(1.0), folder, max_shard_size=LIMIT)
-    assert {name: (folder / name).read_bytes() for name in names(folder)} == before
-
-
-def test_files_that_are_not_ours_stay(folder: Path) -> None:
-    foreign = {"config.json", "model-00009-of-00009.safetensors", "model-x.safetensors", "notes.txt", "link"}
-    for name in foreign - {"link"}:
-        (folder / name).write_bytes(b"{}")
-    safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "model-00008-of-00009.safetensors")
-    (folder / "link").symlink_to("nowhere")
-    orthoserde.save(make(2.0), folder, max_shard_size="1GB")
-    assert set(names(folder)) == foreign | {"model-00008-of-00009.safetensors", SINGLE}
-
-
-def test_shards_of_another_library_are_not_written_over(tmp_path: Path) -> None:
-    tmp_path = tmp_path / "folder"
-    tmp_path.mkdir()
-    theirs = tmp_path / "model-00001-of-00004.safetensors"
-    safetensors.torch.save_file({"a": torch.zeros(1)}, theirs)
-    before = theirs.read_bytes()
-    orthoserde.save(make(1.0), tmp_path, max_shard_size=LIMIT)
-    assert theirs.read_bytes() == before
-    assert theirs.name not in shards(tmp_path)
-    assert equal(loaded(tmp_path), state(make(1.0)))
-
-
-def test_stray_shards_of_a_save_that_was_interrupted_are_removed(folder: Path) -> None:
-    (folder / INDEX).unlink()
-    orthoserde.save(make(2.0), folder, max_shard_size=1)
-    assert names(folder) == [*shards(folder), INDEX]
-
-
-def test_stray_shards_do_not_block_their_names(folder: Path) -> None:
-    usual = shards(folder)
-    (folder / INDEX).unlink()
-    orthoserde.save(make(2.0), folder, max_shard_size=LIMIT)
-    assert shards(folder) == usual
-    assert equal(loaded(folder), state(make(2.0)))
-
-
-def test_a_renamed_shard_is_read_and_removed_with_its_index(folder: Path) -> None:
-    name = shards(folder)[0]
-    (folder / name).rename(folder / "renamed.safetensors")
-    (folder / INDEX).write_text((folder / INDEX).read_text().replace(name, "renamed.safetensors"))
-    assert equal(loaded(folder), state(make(1.0)))
-    orthoserde.save(make(2.0), folder, max_shard_size=LIMIT)
-    assert names(folder) == [*shards(folder), INDEX]
-
-
-def write_foreign_index(folder: Path) -> None:
-    safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "model-00001-of-00001.safetensors")
-    (folder / INDEX).write_text('{"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}')
-
-
-def move_behind_a_link(path: Path) -> None:
-    path.rename(path.parent / "blob")
-    path.symlink_to("blob")
-
-
-def write_single_behind_a_link(folder: Path) -> None:
-    orthoserde.save(make(), folder, max_shard_size="1GB")
-    move_behind_a_link(folder / SINGLE)
-
-
-def write_index_behind_a_link(folder: Path) -> None:
-    orthoserde.save(make(), folder, max_shard_size=LIMIT)
-    move_behind_a_link(folder / INDEX)
-
-
-NOT_OURS: dict[str, Callable[[Path], object]] = {
-    "another library's file": lambda folder: safetensors.torch.save_file({"a": torch.zeros(1)}, folder / SINGLE),
-    "a damaged file": lambda folder: (folder / SINGLE).write_bytes(b"damaged"),
-    "a folder": lambda folder: (folder / SINGLE).mkdir(),
-    "a link": write_single_behind_a_link,
-    "a link to nothing": lambda folder: (folder / SINGLE).symlink_to("nowhere"),
-    "another library's index": write_foreign_index,
-    "a damaged index": lambda folder: (folder / INDEX).write_text("{"),
-    "an index that is a folder": lambda folder: (folder / INDEX).mkdir(),
-    "an index that is a link": write_index_behind_a_link,
-}
-
-
-@pytest.mark.parametrize("size", [LIMIT, "1GB"])
-@pytest.mark.parametrize("case", NOT_OURS)
-def test_a_checkpoint_that_is_not_proven_to_be_ours_is_neither_replaced_nor_removed(
-    tmp_path: Path, case: str, size: int | str
-) -> None:
-    NOT_OURS[case](tmp_path)
-    before = {path: path.lstat() for path in tmp_path.iterdir()}
-    with pytest.raises(FileAccessError, match="neither replaced nor removed; move it away"):
-        orthoserde.save(make(), tmp_path, max_shard_size=size)
-    after = {path: path.lstat() for path in tmp_path.iterdir()}
-    assert {path: (s.st_ino, s.st_mtime_ns) for path, s in after.items()} == {
-        path: (s.st_ino, s.st_mtime_ns) for path, s in before.items()
-    }
-
-
-def test_the_folder_is_made_and_its_parent_is_not(tmp_path: Path) -> None:
-    orthoserde.save(make(), tmp_path / "new", max_shard_size=LIMIT)
-    with pytest.raises(FileAccessError, match="cannot make the folder"):
-        orthoserde.save(make(), tmp_path / "no" / "parent", max_shard_size=LIMIT)
-    with pytest.raises(FileAccessError, match="cannot make the folder"):
-        orthoserde.save(make(), tmp_path / "new" / INDEX, max_shard_size=LIMIT)
-    with pytest.raises(FileAccessError, match="null"):
-        orthoserde.save(make(), f"{tmp_path}/a\0b", max_shard_size=LIMIT)
-    assert names(tmp_path) == ["new"]
-
-
-def test_a_folder_that_was_made_for_a_save_that_fails_goes_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(FileAccessError, match="No space left"):
-        orthoserde.save(make(), tmp_path / "new", max_shard_size=LIMIT)
-    assert names(tmp_path) == []
+def step(model: nn.Module) -> torch.Tensor:
+    return sum((parameter.square().sum() for parameter in model.parameters()), torch.zeros(()))
 
 
 # Sizes and the splitter

@@ -71,6 +71,17 @@ def test_the_index_by_itself_is_enough(tmp_path: Path) -> None:
     assert equal(loaded(folder / INDEX), state(make(1.0)))
 
 
+def test_the_order_is_that_of_transformers_and_then_of_diffusers() -> None:
+    assert READ_IN_ORDER == (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
+
+
 @pytest.mark.parametrize("first", range(len(READ_IN_ORDER)))
 @needs_reader
 def test_of_several_forms_the_first_of_the_order_is_read(tmp_path: Path, first: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from orthoserde.errors import FileAccessError, FileFormatError
-from orthoserde.storage.atomic import sync_folder
+from orthoserde.storage.atomic import mode_of, sync_folder
 from orthoserde.storage.container import encode_header
 from orthoserde.storage.format import is_shard
 from orthoserde.storage.leftovers import remove_leftovers
@@ -33,11 +33,13 @@ class Standing:
         folder: The folder.
         has_single: Whether a checkpoint of ours in one file stands there.
         shards: The names of the files that the index there, which is ours, refers to.
+        mode: Permission bits of what the folder is read by, None where there is nothing; the new files get them.
     """
 
     folder: str
     has_single: bool
     shards: frozenset[str]
+    mode: int | None
 
     @classmethod
     def of(cls, folder: str) -> Standing:
@@ -54,7 +56,7 @@ class Standing:
         shards = _shards_of(index)
         if shards is None and os.path.lexists(index):
             raise _not_ours(index)
-        return cls(folder, has_single, shards or frozenset())
+        return cls(folder, has_single, shards or frozenset(), mode_of(single if has_single else index))
 
     def may_take(self, name: str, header: bytes) -> bool:
         """Whether a shard with this header may take a name: nothing stands there, or nothing that anyone needs.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import CommitUncertainError, FileAccessError, FileFormatError
 from orthoserde.manifest import TensorRecord
-from orthoserde.storage.atomic import create_temporary, refused, replacing, sync_folder
+from orthoserde.storage.atomic import create_temporary, refused, replacing, set_mode, sync_folder
 from orthoserde.storage.format import digest_in, envelope, in_storage_order, shard_header
 from orthoserde.storage.open_file import open_file
 from orthoserde.storage.shards.index import encode_index
@@ -62,7 +62,7 @@ def write_shards(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_sha
     with _made(place):
         standing = Standing.of(place)
         if len(groups) < 2:
-            size, kept = write(checkpoint, os.path.join(place, SINGLE)), [SINGLE]
+            size, kept = write(checkpoint, os.path.join(place, SINGLE), standing.mode), [SINGLE]
         else:
             size, kept = _write(checkpoint, groups, standing)
     standing.remove_others(kept)
@@ -115,7 +115,7 @@ def _write(
     text = b""
     try:
         targets = [os.path.join(standing.folder, name) for name in shard_names(len(groups), "")]
-        shards = [_stage(checkpoint, *pair, staged) for pair in zip(groups, targets, strict=True)]
+        shards = [_stage(checkpoint, *pair, standing.mode, staged) for pair in zip(groups, targets, strict=True)]
         digests = {key: digest for shard in shards for key, digest in shard.digests.items()}
         ordered = dataclasses.replace(checkpoint.manifest, tensors=in_storage_order(checkpoint.manifest.tensors))
         manifest = with_digests(ordered, digests)
@@ -142,7 +142,7 @@ def _write(
 
 def _place_index(path: str, text: bytes, standing: Standing) -> None:
     try:
-        with replacing(path) as file:
+        with replacing(path, standing.mode) as file:
             write_all(file, memoryview(text))
     except CommitUncertainError as error:
         if not standing.has_single:
@@ -155,7 +155,9 @@ def _place_index(path: str, text: bytes, standing: Standing) -> None:
         ) from error
 
 
-def _stage(checkpoint: Checkpoint, records: Mapping[str, TensorRecord], target: str, staged: list[str]) -> _Staged:
+def _stage(
+    checkpoint: Checkpoint, records: Mapping[str, TensorRecord], target: str, mode: int | None, staged: list[str]
+) -> _Staged:
     """Write the tensors of a shard behind the room for its header, into a temporary file called after ``target``.
 
     The file is closed meanwhile, for there may be more shards than the system lets a process have open.
@@ -164,6 +166,7 @@ def _stage(checkpoint: Checkpoint, records: Mapping[str, TensorRecord], target: 
     temporary, descriptor = create_temporary(target)
     staged.append(temporary)
     with os.fdopen(descriptor, "w+b", buffering=0) as file:
+        set_mode(descriptor, mode)
         size, digests = write_tensors(file, checkpoint, records, header_bytes)
     return _Staged(temporary, size, digests)
 

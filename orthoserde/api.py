@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,7 +23,7 @@ from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
-from orthoserde.training import Targets, labelled, with_training
+from orthoserde.training import Targets, with_training
 from orthoserde.transforms import compact, compact_all
 from orthoserde.traps import warn_of_traps
 from orthoserde.walk import module_types
@@ -141,7 +142,7 @@ def save(
         registry=registry,
         debug=debug,
     )
-    warn_of_traps(model, labelled(optimizer))
+    warn_of_traps(model, optimizer)
     return prepared.write(path, max_shard_size)
 
 
@@ -198,8 +199,7 @@ def prepare(
     """All of :func:`save` but the writing: same arguments, same errors."""
     if base not in get_args(Base):
         raise ConfigError(f"base: expected one of {', '.join(get_args(Base))}, got {base!r}")
-    registry = default_registry if registry is None else registry
-    registry = _with_neighbours(registry, model)
+    registry = _with_neighbours(_in_process(registry), model)
     sink = sink_of(debug)
     measured = _nothing if sink is None else functools.partial(Watch("save", model, registry).report, sink)
     captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
@@ -281,7 +281,7 @@ def load(
             (``DamagedFileError``).
         LoadInterruptedError: Reading failed after the first write: the one case in which the model is partly written.
     """
-    registry = default_registry if registry is None else registry
+    registry = _in_process(registry)
     extended = _with_neighbours(registry, model)
     sink = sink_of(debug)
     watch = None if sink is None else Watch("load", model, extended)
@@ -299,7 +299,7 @@ def load(
             verify=verify,
             training=training,
         )
-    warn_of_traps(model, training.optimizers)
+    warn_of_traps(model, optimizer)
     if sink is not None and watch is not None:
         watch.report(sink)
     return report
@@ -346,7 +346,7 @@ def build(
         3
     """
     with _read(path) as checkpoint:
-        registry = default_registry if registry is None else registry
+        registry = _in_process(registry)
         if any(record.kind in _LOREFT for record in checkpoint.manifest.modules):
             # A module of our own, by a name that stands here: no file can have anything else imported.
             from orthoserde.integrations import loreft  # noqa: PLC0415
@@ -426,7 +426,17 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
         True
     """
     with _read(path) as checkpoint:
-        return audit.verify(checkpoint, default_registry if registry is None else registry)
+        return audit.verify(checkpoint, _in_process(registry))
+
+
+def _in_process(registry: Registry | None) -> Registry:
+    """The registry, the default one for None, extended by libraries whose classes are known where they are imported."""
+    registry = default_registry if registry is None else registry
+    if "geotorch" not in sys.modules:
+        return registry
+    from orthoserde.integrations import geotorch  # noqa: PLC0415
+
+    return geotorch.extend(registry)
 
 
 def _with_neighbours(registry: Registry, model: nn.Module) -> Registry:

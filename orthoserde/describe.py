@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orthoserde import json_values
 from orthoserde.json_values import JSON
-from orthoserde.manifest import COLUMNS, OPAQUE, Manifest, ParametrizationRecord, TensorRecord
+from orthoserde.manifest import COLUMNS, OPAQUE, Manifest, ParametrizationRecord, TensorRecord, qualname_of
 from orthoserde.reports import VerifyReport, printable
 
 #: Columns of a terminal that tables keep to.
@@ -199,10 +199,10 @@ def _training(manifest: Manifest) -> list[str]:
     lines = ["training state", _pair("tensors", f"{len(manifest.training_keys):,} stored, {nbytes:,} bytes")]
     for label, optimizer in training.optimizers.items():
         count = sum(len(group.parameters) for group in optimizer.groups)
-        text = f"{optimizer.class_name.partition(':')[2]}, groups: {len(optimizer.groups)}, parameters: {count:,}"
+        text = f"{qualname_of(optimizer.class_name)}, groups: {len(optimizer.groups)}, parameters: {count:,}"
         lines += _wrapped_pair("optimizer", f"{label}: {text}" if label else text)
     for name, entry in list(training.state.items())[:SHOWN]:
-        sort = "a value" if entry.class_name is None else entry.class_name.partition(":")[2]
+        sort = "a value" if entry.class_name is None else qualname_of(entry.class_name)
         lines.append(_pair(squeeze(printable(name), _LABEL - 1), sort))
     if len(training.state) > SHOWN:
         lines.append(f"  and {len(training.state) - SHOWN:,} more")

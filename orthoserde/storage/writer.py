@@ -35,6 +35,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], mode: int | None
         CommitUncertainError: The file is in place, but perhaps not durably.
         FileFormatError: Too many tensors for one header.
         ConfigError: The checkpoint was read from a file without configuration.
+        TornSaveError: A tensor of a live model changed meanwhile.
         UnsupportedModuleError: A tensor changed its size meanwhile.
     """
     check_writable(checkpoint)
@@ -44,6 +45,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], mode: int | None
     header_bytes = len(file_header(with_digests(manifest, dict.fromkeys(records, NO_DIGEST))))
     with replacing(path, mode) as file:
         size, digests = write_tensors(file, checkpoint, records, header_bytes)
+        checkpoint.check_unchanged()
         write_header(file, file_header(with_digests(manifest, digests)), size)
     return size
 

@@ -256,6 +256,16 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         lambda root: shutil.copy(root / "outside.safetensors", root / "ours" / INDEX),
         "not valid JSON",
     ),
+    "an index of a million tensors": (
+        lambda root: write_index(root, {"weight_map": {f"{i:x}": "x.safetensors" for i in range(1 << 20)}}),
+        "speaks of more than 524288 tensors",
+    ),
+    "an index of a million tensors, written otherwise": (
+        lambda root: (root / "ours" / INDEX).write_text(
+            '{"weight_map":{' + ",".join(f'"{i}":"\\u0078"' for i in range((1 << 19) + 1)) + "}}"
+        ),
+        "speaks of more than 524288 tensors",
+    ),
     "an index of 100 MB": (lambda root: os.truncate(root / "ours" / INDEX, 100_000_001), "at most 100000000 are read"),
     "an index that is a folder": (instead(INDEX, os.mkdir), ""),
     "an index that is a FIFO": (instead(INDEX, os.mkfifo), "not a regular file"),
@@ -378,7 +388,7 @@ def test_nothing_at_the_path_is_said_to_be_missing(tmp_path: Path) -> None:
 def test_an_index_too_large_for_readers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orthoserde.save(make(1.0), tmp_path / "folder", max_shard_size="1GB")
     monkeypatch.setattr(indices, "MAX_INDEX_BYTES", 1000)
-    with pytest.raises(FileFormatError, match="readers accept 1000"):
+    with pytest.raises(FileFormatError, match="readers accept 524288 tensors and 1000 bytes"):
         orthoserde.save(make(2.0), tmp_path / "folder", max_shard_size=LIMIT)
     monkeypatch.undo()
     assert equal(loaded(tmp_path / "folder"), state(make(1.0)))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import orthoserde
-from orthoserde.errors import CommitUncertainError, FileAccessError
+from orthoserde.errors import CommitUncertainError, FileAccessError, TornSaveError
 from orthoserde.storage import writer
 from orthoserde.storage.leftovers import TEMPORARY_MARK
 from orthoserde.storage.shards import writing
@@ -150,6 +151,22 @@ def test_an_old_file_that_is_read_first_and_cannot_be_removed_is_reported(
             orthoserde.save(make(2.0), tmp_path, max_shard_size=LIMIT)
     assert equal(loaded(tmp_path), state(make(1.0)))
     assert equal(loaded(tmp_path / INDEX), state(make(2.0)))
+
+
+def test_a_model_that_changes_meanwhile_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orthoserde.save(make(1.0), tmp_path, max_shard_size=LIMIT)
+    model, write_tensors = make(2.0), writer.write_tensors
+
+    def meanwhile(*arguments: Any) -> Any:
+        with torch.no_grad():
+            model.get_parameter("3.bias").add_(1)
+        return write_tensors(*arguments)
+
+    monkeypatch.setattr(writing, "write_tensors", meanwhile)
+    with pytest.raises(TornSaveError, match=r"3\.bias changed while it was being saved"):
+        orthoserde.save(model, tmp_path, max_shard_size=LIMIT)
+    assert names(tmp_path) == files_of("shards")
+    assert equal(loaded(tmp_path), state(make(1.0)))
 
 
 def test_temporary_files_of_killed_saves_are_removed_when_they_are_old(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ from orthoserde.storage.shards.names import checked_basename
 #: An index is held to the limit that headers of safetensors files have.
 MAX_INDEX_BYTES = 100_000_000
 
+#: More tensors than an index of ours has room for; of a few bytes each, reading them would take minutes and gigabytes.
+MAX_TENSORS = 1 << 19
+
 #: Keys of the index's ``metadata`` that mean something else than an alias, to us or to transformers.
 RESERVED_KEYS = frozenset({"all_checkpoint_keys", "format", "total_parameters", "total_size", "weight_map"})
 
@@ -73,8 +76,11 @@ def encode_index(manifest: Manifest, weight_map: Mapping[str, str]) -> bytes:
     metadata: dict[str, JSON] = {key: kept for key, kept in manifest.aliases.items() if key not in RESERVED_KEYS}
     metadata |= {"total_size": manifest.nbytes, MANIFEST_KEY: envelope(manifest)}
     text = json_values.encode({"metadata": metadata, "weight_map": dict(weight_map)}).encode("utf-8")
-    if len(text) > MAX_INDEX_BYTES:
-        raise FileFormatError(f"the index needs {len(text)} bytes and readers accept {MAX_INDEX_BYTES}")
+    if len(text) > MAX_INDEX_BYTES or len(weight_map) > MAX_TENSORS:
+        raise FileFormatError(
+            f"{len(weight_map)} tensors and an index of {len(text)} bytes: readers accept {MAX_TENSORS} tensors and "
+            f"{MAX_INDEX_BYTES} bytes in one checkpoint"
+        )
     return text
 
 
@@ -90,6 +96,9 @@ def decode_index(text: bytes, ending: str, where: str) -> Index:
         DamagedFileError: Its manifest does not match its digest, or the rest does not match the manifest.
         FileFormatError: It is malformed, or names a file that might be elsewhere.
     """
+    # Before it is parsed: names may be written in other ways, so this is not the last word.
+    if text.count(f'{ending}"'.encode()) > MAX_TENSORS:
+        raise FileFormatError(f"{where}: the index speaks of more than {MAX_TENSORS} tensors")
     parsed = json_values.decode(text, where)
     if not isinstance(parsed, dict):
         raise FileFormatError(f"{where}: expected an object")
@@ -97,6 +106,8 @@ def decode_index(text: bytes, ending: str, where: str) -> Index:
     metadata = parsed.get("metadata", {})
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise FileFormatError(f"{where}: expected an object weight_map, and perhaps an object metadata")
+    if len(weight_map) > MAX_TENSORS:
+        raise FileFormatError(f"{where}: the index speaks of more than {MAX_TENSORS} tensors")
     names = {
         key: checked_basename(name, ending, f"{where}: weight_map[{key[:64]!r}]") for key, name in weight_map.items()
     }

@@ -54,6 +54,7 @@ def write_shards(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_sha
             previous checkpoint is untouched, unless the message says that the new one is saved.
         CommitUncertainError: The checkpoint is in place, but perhaps not durably.
         FileFormatError: Too many tensors for one header or index.
+        TornSaveError: A tensor of a live model changed meanwhile.
         UnsupportedModuleError: A tensor changed its size meanwhile.
     """
     check_writable(checkpoint)
@@ -116,6 +117,7 @@ def _write(
     try:
         targets = [os.path.join(standing.folder, name) for name in shard_names(len(groups), "")]
         shards = [_stage(checkpoint, *pair, standing.mode, staged) for pair in zip(groups, targets, strict=True)]
+        checkpoint.check_unchanged()
         digests = {key: digest for shard in shards for key, digest in shard.digests.items()}
         ordered = dataclasses.replace(checkpoint.manifest, tensors=in_storage_order(checkpoint.manifest.tensors))
         manifest = with_digests(ordered, digests)

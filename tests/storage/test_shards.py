@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,19 @@ def test_without_huggingface_hub_a_save_says_what_to_install_and_a_load_does_not
         orthoserde.save(make(), tmp_path / "new", max_shard_size=LIMIT)
     assert not (tmp_path / "new").exists()
     assert equal(loaded(folder), state(make(1.0)))
+
+
+def test_a_huggingface_hub_that_is_too_old_is_as_if_there_were_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_in_0_23(state_dict: object, *, get_tensor_size: object, max_shard_size: int) -> None:
+        raise AssertionError
+
+    old = types.ModuleType("huggingface_hub")
+    monkeypatch.setattr(old, "split_state_dict_into_shards_factory", as_in_0_23, raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", old)
+    with pytest.raises(MissingPackageError, match=r"0\.24 or newer"):
+        orthoserde.save(make(), tmp_path / "new", max_shard_size=LIMIT)
 
 
 def test_shards_are_those_of_huggingface_hub(tmp_path: Path) -> None:

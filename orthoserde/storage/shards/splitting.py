@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 
@@ -9,6 +10,11 @@ from orthoserde.errors import ConfigError, MissingPackageError
 from orthoserde.manifest import TensorRecord
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+_MISSING = (
+    "max_shard_size needs huggingface_hub 0.24 or newer, which splits the tensors: "
+    'pip install "orthoserde[hub]". Nothing has been written'
+)
 
 _SIZE = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?P<unit>KB|MB|GB|TB)")
 
@@ -42,10 +48,9 @@ def split(tensors: Mapping[str, TensorRecord], limit: int) -> list[dict[str, Ten
     try:
         from huggingface_hub import split_state_dict_into_shards_factory  # noqa: PLC0415
     except ImportError as error:
-        raise MissingPackageError(
-            "max_shard_size needs huggingface_hub 0.24 or newer, which splits the tensors: "
-            'pip install "orthoserde[hub]". Nothing has been written'
-        ) from error
+        raise MissingPackageError(_MISSING) from error
+    if "get_storage_size" not in inspect.signature(split_state_dict_into_shards_factory).parameters:
+        raise MissingPackageError(_MISSING)  # 0.23 has the function under the same name, with other arguments
     plan = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda record: record.nbytes,

@@ -111,7 +111,7 @@ def _bound_to(wanted: Iterable[str], tensors: Mapping[str, Tensor], inventory: I
     groups: dict[object, list[str]] = {}
     groups_of: dict[str, list[object]] = {}
     for key, tensor in tensors.items():
-        outermost = hooked.get(key) or next((prefix for prefix in prefixes_in(key) if prefix in whole), None)
+        outermost = next((prefix for prefix in prefixes_in(key) if prefix in whole), None) or hooked.get(key)
         groups_of[key] = [identity(tensor)] if outermost is None else [identity(tensor), outermost]
         for group in groups_of[key]:
             groups.setdefault(group, []).append(key)

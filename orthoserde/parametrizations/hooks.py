@@ -63,6 +63,17 @@ def hooked_weights(module: nn.Module) -> Iterator[HookedWeight]:
             yield found
 
 
+def other_hooks(module: nn.Module) -> Iterator[str]:
+    """Names of tensors of this very module that hooks of these kinds compute in a way that is no parametrization's.
+
+    Of vectors and complex tensors under spectral normalisation, or with tensors that have been taken away.
+    """
+    known = {weight.tensor_name for weight in hooked_weights(module)}
+    for hook in _torch.forward_pre_hooks(module):
+        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name not in known:
+            yield hook.name
+
+
 def hook_names(kind: str, tensor_name: str) -> dict[str, str]:
     """Names in the module of the tensors of a hook, by ``original...`` and ``0.role``; none of a kind without hooks."""
     return {
@@ -128,7 +139,11 @@ def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | No
     # A vector has no power method as a parametrization, so the hook has no such form there, nor for complex weights.
     if original is None or None in own.values() or original.ndim < 2 or original.is_complex():
         return None
-    config = {"dim": hook.dim % original.ndim, "eps": hook.eps, "n_power_iterations": hook.n_power_iterations}
+    config = {
+        "dim": int(hook.dim) % original.ndim,
+        "eps": float(hook.eps),
+        "n_power_iterations": int(hook.n_power_iterations),
+    }
     parametrization = SpectralNormCodec().build(config, original)
     for role in ("_u", "_v"):
         _torch.set_buffer(parametrization, role, own[names[f"0.{role}"]])

@@ -26,8 +26,9 @@ from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
     """Make a model plain for serving, in place: what parametrizations and hooks compute becomes a plain tensor.
 
-    Weights are those of evaluation mode, bit for bit, and so are the outputs of the model; what constrains them in
-    training is gone. Removed are all parametrizations (``torch.nn.utils.parametrize``), torch's older hooks
+    Weights are those of evaluation mode, bit for bit, and so are the outputs of the model (but for rounding where a
+    parametrization gives overlapping memory, which no parameter can have); what constrains them in training is gone.
+    Removed are all parametrizations (``torch.nn.utils.parametrize``), torch's older hooks
     (``torch.nn.utils.weight_norm`` and ``spectral_norm``) and pruning (``torch.nn.utils.prune``). Buffers, training
     mode and random state are kept. A tensor that had one original of its dtype keeps its Parameter object.
 

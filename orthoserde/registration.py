@@ -88,6 +88,7 @@ def unregister(module: nn.Module, name: str, weight: Tensor) -> None:
         module.register_buffer(name, plain)
     if not len(lists):
         del module.parametrizations
+    _torch.forget_old_weight_norm(module, name)
 
 
 def _class_without(cls: type, name: str) -> type:

@@ -295,3 +295,11 @@ def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[byte] ^= 1 << bit
     path.write_bytes(data)
+
+
+def with_hook(kind: str, module: nn.Module, *args: object, **options: object) -> nn.Module:
+    """Register torch's older hook ``weight_norm`` or ``spectral_norm`` on a module; return the module."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's weight_norm
+        register: Callable[..., nn.Module] = getattr(nn.utils, kind)
+        return register(module, *args, **options)

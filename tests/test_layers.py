@@ -91,6 +91,7 @@ SIDEWAYS = {
     ("integrations", "capture"),
     ("integrations", "charts"),
     ("integrations", "restore"),
+    ("transforms", "names"),
     ("transforms", "parametrizations"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),

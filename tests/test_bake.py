@@ -8,6 +8,7 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from orthoserde import Fidelity, UnsupportedModuleError
 from orthoserde.walk import take_inventory
 from tests.helpers import assert_unchanged, bits, lived_in, same_bits, scramble_, slots_of, snapshot, with_hook
 
-Make = Callable[[], nn.Module]
+Make = Callable[[], Any]
 
 
 class Scale(nn.Module):
@@ -85,20 +86,20 @@ class Product(nn.Module):
         return value[:, :2].clone(), value[:2].clone()
 
 
-def parametrized(link: nn.Module, name: str = "weight", *, unsafe: bool = False) -> nn.Module:
+def parametrized(link: nn.Module, name: str = "weight", *, unsafe: bool = False) -> Any:
     layer = nn.Linear(3, 4)
     parametrize.register_parametrization(layer, name, link, unsafe=unsafe)
     return layer
 
 
-def chained() -> nn.Module:
+def chained() -> Any:
     layer = orthogonal(nn.Linear(3, 4))
     parametrize.register_parametrization(layer, "weight", Scale())
     parametrize.register_parametrization(layer, "bias", Scale())
     return layer
 
 
-def pruned(module: nn.Module) -> nn.Module:
+def pruned(module: nn.Module) -> Any:
     prune.l1_unstructured(module, "weight", amount=0.5)  # type: ignore[no-untyped-call]
     return module
 
@@ -125,7 +126,7 @@ LAYERS: dict[str, Make] = {
 }
 
 
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
+def outputs(model: Any, x: Tensor) -> Tensor:
     """Outputs in evaluation mode; the modes stay."""
     modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
@@ -135,7 +136,7 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def used(model: nn.Module, x: Tensor) -> nn.Module:
+def used(model: Any, x: Tensor) -> Any:
     """Train for a while, so that nothing is at its initial value."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -271,7 +272,7 @@ def test_a_parametrization_that_changes_the_dtype_leaves_a_parameter_of_that(dty
 
 
 def test_a_buffer_that_was_parametrized_stays_a_buffer() -> None:
-    norm = nn.BatchNorm1d(4)
+    norm: Any = nn.BatchNorm1d(4)
     parametrize.register_parametrization(norm, "running_mean", Scale())
     scramble_(norm)
     expected = norm.eval().running_mean
@@ -350,15 +351,15 @@ def test_a_shared_module_is_baked_once_and_stays_shared(make: Make) -> None:
 def test_one_parametrization_of_two_tensors_leaves_two_tensors() -> None:
     constant = torch.ones(4, 3)
     link = Given(lambda _: constant)
-    model = nn.Sequential(parametrized(link), parametrized(link))
+    model: Any = nn.Sequential(parametrized(link), parametrized(link))
     orthoserde.bake_(model)
     pointers = {constant.data_ptr(), *(layer.weight.data_ptr() for layer in model)}
     assert len(pointers) == 3
 
 
-def tied(make: Make) -> nn.Module:
+def tied(make: Make) -> Any:
     """The original of the second layer is the weight of the first."""
-    model = nn.Sequential(nn.Linear(3, 4), make())
+    model: Any = nn.Sequential(nn.Linear(3, 4), make())
     key = next(
         key for key in ("parametrizations.weight.original", "weight_orig", "weight_v") if key in slots_of(model[1])
     )
@@ -389,7 +390,7 @@ def test_an_original_that_is_tied_to_another_tensor_is_refused(make: Make) -> No
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_on_the_meta_device_is_refused(name: str) -> None:
-    model = nn.Sequential(LAYERS["orthogonal"](), LAYERS[name]().to("meta"))
+    model: Any = nn.Sequential(LAYERS["orthogonal"](), LAYERS[name]().to("meta"))
     before = snapshot(model)
     with pytest.raises(UnsupportedModuleError, match=r"1\.(weight|bias): on the meta device"):
         orthoserde.bake_(model)
@@ -399,7 +400,7 @@ def test_what_is_on_the_meta_device_is_refused(name: str) -> None:
 def test_all_errors_of_parametrizations_are_listed_and_nothing_changes() -> None:
     odd = parametrized(Given(lambda x: x))
     parametrize.register_parametrization(odd, "bias", Failing())
-    model = nn.Sequential(orthogonal(nn.Linear(3, 3)), parametrized(Failing()), odd, pruned(nn.Linear(4, 4)))
+    model: Any = nn.Sequential(orthogonal(nn.Linear(3, 3)), parametrized(Failing()), odd, pruned(nn.Linear(4, 4)))
     before = snapshot(lived_in(model))
     with pytest.raises(UnsupportedModuleError) as caught:
         orthoserde.bake_(model)
@@ -419,13 +420,13 @@ def test_a_parametrization_that_gives_no_tensor_is_refused() -> None:
     assert_unchanged(layer, before)
 
 
-def complex_hook() -> nn.Module:
+def complex_hook() -> Any:
     layer = nn.Module()
     layer.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
     return with_hook("spectral_norm", layer)
 
 
-def half_removed() -> nn.Module:
+def half_removed() -> Any:
     layer = with_hook("weight_norm", nn.Linear(3, 4))
     del layer.weight_g
     return layer
@@ -442,7 +443,7 @@ def half_removed() -> nn.Module:
     ids=["vector", "complex", "half removed", "parametrized direction"],
 )
 def test_a_hook_that_is_none_of_the_known_forms_is_refused_and_not_left_behind(make: Make) -> None:
-    model = nn.Sequential(orthogonal(nn.Linear(3, 3)), make())
+    model: Any = nn.Sequential(orthogonal(nn.Linear(3, 3)), make())
     before = snapshot(model)
     with pytest.raises(UnsupportedModuleError, match=r"1\.(weight|bias): its hook is not whole"):
         orthoserde.bake_(model)
@@ -477,7 +478,7 @@ def test_a_weight_that_was_deleted_to_copy_the_layer_is_no_obstacle(kind: str) -
 
 @pytest.mark.parametrize("kind", ["parametrization", "hook"])
 def test_recurrent_layers_use_the_baked_tensor_at_once(kind: str) -> None:
-    layer = nn.LSTM(3, 4)
+    layer: Any = nn.LSTM(3, 4)
     layer = (
         orthogonal(layer, "weight_hh_l0")
         if kind == "parametrization"
@@ -496,7 +497,7 @@ def test_recurrent_layers_use_the_baked_tensor_at_once(kind: str) -> None:
 @pytest.mark.parametrize("make", [LAYERS["weight_norm"], LAYERS["weight_norm, hook"], LAYERS["pruned"]])
 def test_compiled_code_notices(make: Make) -> None:
     layer = make()
-    compiled = torch.compile(layer, backend="eager")
+    compiled: Any = torch.compile(layer, backend="eager")
     x = torch.ones(2, 3)
     expected = compiled(x)
     orthoserde.bake_(compiled)
@@ -524,7 +525,7 @@ def test_a_cached_weight_is_not_taken_for_the_baked_one() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_does_not_matter_in_which_mode_it_is_called(mode: Callable[[], torch.no_grad]) -> None:
+def test_it_does_not_matter_in_which_mode_it_is_called(mode: Callable[[], Any]) -> None:
     layer = chained()
     with mode():
         orthoserde.bake_(layer)
@@ -534,7 +535,7 @@ def test_it_does_not_matter_in_which_mode_it_is_called(mode: Callable[[], torch.
 
 
 def test_a_model_with_nothing_to_bake_is_left_alone() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = snapshot(lived_in(model))
     report = orthoserde.bake_(model)
     assert report.tensors == {}
@@ -542,7 +543,7 @@ def test_a_model_with_nothing_to_bake_is_left_alone() -> None:
 
 
 def test_the_report_names_kinds_and_classes() -> None:
-    model = nn.Sequential(chained(), LAYERS["spectral_norm, hook"](), LAYERS["pruned"]())
+    model: Any = nn.Sequential(chained(), LAYERS["spectral_norm, hook"](), LAYERS["pruned"]())
     assert orthoserde.bake_(model).tensors == {
         "0.weight": "torch>orthogonal, then Scale",
         "0.bias": "Scale",
@@ -553,7 +554,7 @@ def test_the_report_names_kinds_and_classes() -> None:
 
 def test_what_is_inside_of_a_parametrization_goes_with_it_and_is_not_taken_apart() -> None:
     outer = Outer(spectral_norm(nn.Linear(3, 3)))
-    model = nn.Sequential(parametrized(outer))
+    model: Any = nn.Sequential(parametrized(outer))
     report = orthoserde.bake_(model)
     assert list(report.tensors) == ["0.weight"]
     assert parametrize.is_parametrized(outer.inner)
@@ -561,6 +562,6 @@ def test_what_is_inside_of_a_parametrization_goes_with_it_and_is_not_taken_apart
 
 def test_what_is_inside_of_a_parametrization_and_beside_it_is_baked_too() -> None:
     inner = spectral_norm(nn.Linear(3, 3))
-    model = nn.Sequential(parametrized(Outer(inner)), inner)
+    model: Any = nn.Sequential(parametrized(Outer(inner)), inner)
     orthoserde.bake_(model)
     assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}

@@ -42,12 +42,14 @@ class HookedWeight:
         parametrization: What computes the same, holding the tensors of the hook itself.
         originals: The unconstrained tensors, by the names that a parametrization would give them.
         names: Names of its tensors in the module, by ``original...`` and ``0.role``.
+        unsafe: Whether torch registers that parametrization with ``unsafe=True``.
     """
 
     tensor_name: str
     parametrization: nn.Module
     originals: Mapping[str, Tensor]
     names: Mapping[str, str]
+    unsafe: bool
 
 
 def hooked_weights(module: nn.Module) -> Iterator[HookedWeight]:
@@ -129,7 +131,7 @@ def _weight_normed(module: nn.Module, tensor_name: str, dim: int) -> HookedWeigh
     if not parameters.keys() >= set(names.values()):
         return None
     originals = {part: parameters[name] for part, name in names.items()}
-    return HookedWeight(tensor_name, WeightNormCodec.type(dim), originals, names)
+    return HookedWeight(tensor_name, WeightNormCodec.type(dim), originals, names, unsafe=True)
 
 
 def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | None:
@@ -147,4 +149,4 @@ def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | No
     parametrization = SpectralNormCodec().build(config, original)
     for role in ("_u", "_v"):
         _torch.set_buffer(parametrization, role, own[names[f"0.{role}"]])
-    return HookedWeight(hook.name, parametrization, {"original": original}, names)
+    return HookedWeight(hook.name, parametrization, {"original": original}, names, unsafe=False)

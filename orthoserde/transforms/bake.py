@@ -84,7 +84,7 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
                 except (NotComputable, Misfit) as reason:
                     problems.append(Problem(record.name, "unsupported", str(reason)))
     if names is None:
-        problems += _unexplained(checkpoint, {record.name for record in chosen})
+        problems += _unexplained(checkpoint, {name for record in chosen for name in _names(record)})
     if problems:
         raise ConfigError(_listed(checkpoint.origin, problems))
     return _replace(expanded, baked)

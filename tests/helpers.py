@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,9 +298,9 @@ def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
     path.write_bytes(data)
 
 
-def with_hook(kind: str, module: nn.Module, *args: object, **options: object) -> nn.Module:
+def with_hook(kind: str, module: nn.Module, *args: object, **options: object) -> Any:
     """Register torch's older hook ``weight_norm`` or ``spectral_norm`` on a module; return the module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's weight_norm
-        register: Callable[..., nn.Module] = getattr(nn.utils, kind)
+        register: Callable[..., Any] = getattr(nn.utils, kind)
         return register(module, *args, **options)

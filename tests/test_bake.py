@@ -30,6 +30,7 @@ class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dropout = nn.Dropout(0.5)
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def test_a_baked_tensor_has_memory_of_its_own_and_no_more_than_it_needs(name: st
 @pytest.mark.parametrize("name", LAYERS)
 def test_everything_else_stays_as_it_was(name: str) -> None:
     torch.manual_seed(0)
-    model = lived_in(nn.Sequential(nn.Linear(3, 3), LAYERS[name](), nn.BatchNorm1d(4)))
+    model: Any = lived_in(nn.Sequential(nn.Linear(3, 3), LAYERS[name](), nn.BatchNorm1d(4)))
     others = [model[0].state_dict(keep_vars=True), model[2].state_dict(keep_vars=True)]
     before = [{key: (tensor, bits(tensor)) for key, tensor in held.items()} for held in others]
     gradients = [parameter.grad for parameter in (*model[0].parameters(), *model[2].parameters())]
@@ -514,7 +515,7 @@ def test_wrappers_are_looked_through() -> None:
 
 
 def test_a_cached_weight_is_not_taken_for_the_baked_one() -> None:
-    layer = orthogonal(nn.Linear(3, 4))
+    layer: Any = orthogonal(nn.Linear(3, 4))
     with parametrize.cached():
         stale = layer.weight
         with torch.no_grad():

@@ -359,12 +359,25 @@ class _Planner:
         """Find meta parameters whose objects cannot be kept, because something else holds on to what is in them."""
         if self.swaps:
             self.plan.holders = list(self.modules.values())
+        of_hooks = self._weights_of_hooks()
         with _torch.without_weak_references(self.plan.holders):
             for key, tensor in self.swaps:
-                if not _torch.can_swap(tensor):
+                if not _torch.can_swap(tensor) and id(tensor) not in of_hooks:
                     self.plan.mismatch(
                         key, "on the meta device, and a weak reference or a graph holds on to it; drop that"
                     )
+
+    def _weights_of_hooks(self) -> set[int]:
+        """Ids of the meta parameters that hooks compute a weight from; its graph is dropped when the load is sure."""
+        swapped = {id(tensor) for _, tensor in self.swaps}
+        found: set[int] = set()
+        for tensor in self.live.values():
+            weight = vars(tensor.module).get(tensor.tensor_name) if tensor.hook_names else None
+            own = swapped.intersection(map(id, tensor.originals.values()))
+            if own and isinstance(weight, Tensor) and weight.grad_fn is not None:
+                self.plan.graphs.append(weight)
+                found |= own
+        return found
 
     def _owner_of(self, key: str) -> Owner | None:
         prefixes = [*prefixes_in(key), self.hook_prefixes.get(key, "")]

@@ -79,7 +79,8 @@ def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry
     """
     hooks = _in_hook_form_of(checkpoint, inventory, registry)
     structured = _in_structured_form_of(hooks.checkpoint, inventory, registry, verify=verify)
-    return Forms(structured.checkpoint, {**hooks.converted, **structured.converted}, structured.problems)
+    converted = {**hooks.converted, **structured.converted}
+    return Forms(structured.checkpoint, converted, (*hooks.problems, *structured.problems))
 
 
 def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, *, verify: bool) -> Forms:
@@ -147,7 +148,16 @@ def _in_hook_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Reg
         ]
         to[False] += bare
         converted |= {tensor.name: _as_converted(tensor) for tensor in bare}
-    return Forms(convert(convert(checkpoint, to[True], hooked=True), to[False], hooked=False), converted, ())
+    changed = convert(convert(checkpoint, to[True], hooked=True), to[False], hooked=False)
+    now_hooked = {record.name: record.hooked for record in changed.manifest.parametrized}
+    text = "the file also has tensors under the keys that its own would have in the form that the model has"
+    problems = tuple(
+        Problem(tensor.name, "mismatch", text)
+        for hooked, tensors in to.items()
+        for tensor in tensors
+        if now_hooked.get(tensor.name, hooked) != hooked
+    )
+    return Forms(changed, converted, problems)
 
 
 def _as_converted(tensor: NormedTensor) -> Converted:

@@ -43,7 +43,8 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
     Raises:
         UnsupportedModuleError: Something cannot be computed (on the meta device, an error in a parametrization), an
             original is tied to another tensor, or a hook is one that no parametrization has the state of (of a vector
-            or a complex tensor, or with tensors that were taken away). All such are listed, and nothing has changed.
+            or a complex tensor, of a subclass, or with tensors that were taken away). All such are listed, and nothing
+            has changed.
         TypeError: ``model`` is no module.
 
     Example:
@@ -124,7 +125,7 @@ class _Survey:
         for module, paths in self._modules:
             for name in other_hooks(module):
                 text = (
-                    "its hook is not whole, or normalises a vector or complex tensor; remove it with torch's own means"
+                    "its hook is not whole, of a class of your own, or of a vector or complex tensor; remove it before"
                 )
                 yield Problem(join(paths[0], name), "unsupported", text)
 

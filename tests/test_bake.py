@@ -19,7 +19,17 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 import orthoserde
 from orthoserde import Fidelity, UnsupportedModuleError
 from orthoserde.walk import take_inventory
-from tests.helpers import assert_unchanged, bits, lived_in, same_bits, scramble_, slots_of, snapshot, with_hook
+from tests.helpers import (
+    assert_unchanged,
+    bits,
+    hook_of_a_subclass,
+    lived_in,
+    same_bits,
+    scramble_,
+    slots_of,
+    snapshot,
+    with_hook,
+)
 
 Make = Callable[[], Any]
 
@@ -440,8 +450,9 @@ def half_removed() -> Any:
         complex_hook,
         half_removed,
         lambda: orthogonal(with_hook("weight_norm", nn.Linear(3, 4)), "weight_v"),
+        lambda: hook_of_a_subclass(nn.Linear(3, 4)),
     ],
-    ids=["vector", "complex", "half removed", "parametrized direction"],
+    ids=["vector", "complex", "half removed", "parametrized direction", "subclass"],
 )
 def test_a_hook_that_is_none_of_the_known_forms_is_refused_and_not_left_behind(make: Make) -> None:
     model: Any = nn.Sequential(orthogonal(nn.Linear(3, 3)), make())

@@ -25,6 +25,7 @@ from tests.helpers import (
     assert_unchanged,
     bits,
     flip_bit,
+    hook_of_a_subclass,
     lived_in,
     same_bits,
     scramble_,
@@ -452,6 +453,22 @@ def test_hooks_of_vectors_and_complex_tensors_are_plain_tensors(dtype: torch.dty
     assert orthoserde.inspect(tmp_path / "m").parametrized == ()
     assert orthoserde.load(other, tmp_path / "m").fidelity is Fidelity.EXACT
     assert_same_state(model, other)
+
+
+def test_a_hook_of_a_subclass_is_plain_tensors(tmp_path: Path) -> None:
+    model, other = hook_of_a_subclass(nn.Linear(3, 4)), hook_of_a_subclass(nn.Linear(3, 4))
+    orthoserde.save(model, tmp_path / "m")
+    assert orthoserde.inspect(tmp_path / "m").parametrized == ()
+    assert orthoserde.load(other, tmp_path / "m").fidelity is Fidelity.EXACT
+    assert_same_state(model, other)
+    assert same_bits(output_of(model), output_of(other))
+    known = with_hook("spectral_norm", nn.Linear(3, 4))
+    assert orthoserde.load(known, tmp_path / "m").fidelity is Fidelity.UNVERIFIED
+    orthoserde.save(known, tmp_path / "known")
+    report = orthoserde.load(other, tmp_path / "known")
+    assert report.fidelity is Fidelity.UNVERIFIED
+    text = "weight: torch>spectral_norm computes it in the file, nothing that is known of in the model"
+    assert report.notes == (f"{text}; its tensors were loaded all the same",)
 
 
 # Older files

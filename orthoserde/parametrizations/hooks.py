@@ -53,11 +53,15 @@ class HookedWeight:
 
 
 def hooked_weights(module: nn.Module) -> Iterator[HookedWeight]:
-    """Tensors of this very module that an older hook of torch computes, where the hook has all that it had at first."""
+    """Tensors of this very module that an older hook of torch computes, where the hook has all that it had at first.
+
+    Subclasses of the hooks' classes may compute something else: what they keep is plain tensors.
+    """
     for hook in _torch.forward_pre_hooks(module):
-        if isinstance(hook, WeightNorm):
+        found: HookedWeight | None
+        if type(hook) is WeightNorm:
             found = _weight_normed(module, hook.name, hook.dim)
-        elif isinstance(hook, SpectralNorm):
+        elif type(hook) is SpectralNorm:
             found = _spectral_normed(module, hook)
         else:
             continue
@@ -68,7 +72,7 @@ def hooked_weights(module: nn.Module) -> Iterator[HookedWeight]:
 def other_hooks(module: nn.Module) -> Iterator[str]:
     """Names of tensors of this very module that hooks of these kinds compute in a way that is no parametrization's.
 
-    Of vectors and complex tensors under spectral normalisation, or with tensors that have been taken away.
+    Of vectors and complex tensors under spectral normalisation, of subclasses, or with tensors that were taken away.
     """
     known = {weight.tensor_name for weight in hooked_weights(module)}
     for hook in _torch.forward_pre_hooks(module):

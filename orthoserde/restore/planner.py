@@ -145,8 +145,12 @@ class _Planner:
     def _match_bare(self, record: ParametrizedRecord, module: nn.Module, reparametrize: bool) -> None:
         name = record.tensor_name
         bare = {**_torch.own_buffers(module), **_torch.own_parameters(module)}.get(name)
-        if bare is None:
-            return  # the model has no such tensor: its keys are unexpected
+        if bare is None:  # the model has no such tensor: its keys are unexpected, or name other tensors here
+            if any(key in self.slots for key in record.tensor_keys()):
+                self.plan.lower(Fidelity.UNVERIFIED)
+                text = f"{kinds_of(record)} computes it in the file, nothing that is known of in the model"
+                self.plan.notes.append(f"{record.name}: {text}; its tensors were loaded all the same")
+            return
         paths = self.paths[id(module)]
         plain_keys = [join(path, name) for path in paths]
         prefixes = [join(path, "parametrizations", name) for path in paths]

@@ -42,25 +42,42 @@ class HookedWeight:
         parametrization: What computes the same, holding the tensors of the hook itself.
         originals: The unconstrained tensors, by the names that a parametrization would give them.
         names: Names of its tensors in the module, by ``original...`` and ``0.role``.
+        unsafe: Whether torch registers that parametrization with ``unsafe=True``.
     """
 
     tensor_name: str
     parametrization: nn.Module
     originals: Mapping[str, Tensor]
     names: Mapping[str, str]
+    unsafe: bool
 
 
 def hooked_weights(module: nn.Module) -> Iterator[HookedWeight]:
-    """Tensors of this very module that an older hook of torch computes, where the hook has all that it had at first."""
+    """Tensors of this very module that an older hook of torch computes, where the hook has all that it had at first.
+
+    Subclasses of the hooks' classes may compute something else: what they keep is plain tensors.
+    """
     for hook in _torch.forward_pre_hooks(module):
-        if isinstance(hook, WeightNorm):
+        found: HookedWeight | None
+        if type(hook) is WeightNorm:
             found = _weight_normed(module, hook.name, hook.dim)
-        elif isinstance(hook, SpectralNorm):
+        elif type(hook) is SpectralNorm:
             found = _spectral_normed(module, hook)
         else:
             continue
         if found is not None:
             yield found
+
+
+def other_hooks(module: nn.Module) -> Iterator[str]:
+    """Names of tensors of this very module that hooks of these kinds compute in a way that is no parametrization's.
+
+    Of vectors and complex tensors under spectral normalisation, of subclasses, or with tensors that were taken away.
+    """
+    known = {weight.tensor_name for weight in hooked_weights(module)}
+    for hook in _torch.forward_pre_hooks(module):
+        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name not in known:
+            yield hook.name
 
 
 def hook_names(kind: str, tensor_name: str) -> dict[str, str]:
@@ -118,7 +135,7 @@ def _weight_normed(module: nn.Module, tensor_name: str, dim: int) -> HookedWeigh
     if not parameters.keys() >= set(names.values()):
         return None
     originals = {part: parameters[name] for part, name in names.items()}
-    return HookedWeight(tensor_name, WeightNormCodec.type(dim), originals, names)
+    return HookedWeight(tensor_name, WeightNormCodec.type(dim), originals, names, unsafe=True)
 
 
 def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | None:
@@ -128,8 +145,12 @@ def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | No
     # A vector has no power method as a parametrization, so the hook has no such form there, nor for complex weights.
     if original is None or None in own.values() or original.ndim < 2 or original.is_complex():
         return None
-    config = {"dim": hook.dim % original.ndim, "eps": hook.eps, "n_power_iterations": hook.n_power_iterations}
+    config = {
+        "dim": int(hook.dim) % original.ndim,
+        "eps": float(hook.eps),
+        "n_power_iterations": int(hook.n_power_iterations),
+    }
     parametrization = SpectralNormCodec().build(config, original)
     for role in ("_u", "_v"):
         _torch.set_buffer(parametrization, role, own[names[f"0.{role}"]])
-    return HookedWeight(hook.name, parametrization, {"original": original}, names)
+    return HookedWeight(hook.name, parametrization, {"original": original}, names, unsafe=False)

@@ -116,7 +116,9 @@ def _settle(plan: Plan, registry: Registry) -> None:
             if isinstance(link, Orthogonal):
                 link.settle()
         for tensor in take_inventory(outcome.module).hooked if chain is None else ():
-            if tensor.module is outcome.module and tensor.tensor_name in vars(outcome.module):
+            if tensor.module is not outcome.module or tensor.tensor_name != outcome.tensor_name:
+                continue
+            if tensor.tensor_name in vars(outcome.module):
                 vars(outcome.module)[tensor.tensor_name] = evaluate.computed(tensor, registry)
 
 

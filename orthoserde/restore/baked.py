@@ -68,7 +68,9 @@ def bake_bare(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, 
     wanted = {
         tensor.name: tensor.kind
         for tensor in normed_tensors(manifest)
-        if tensor.name in inventory.slots and tensor.name not in manifest
+        if tensor.name in inventory.slots
+        and tensor.name not in manifest
+        and inventory.slots.keys().isdisjoint(tensor.keys(tensor.paths[0], hooked=tensor.hooked).values())
     }
     if legacy == "refuse":
         text = (

@@ -114,6 +114,9 @@ class _Survey:
     def problems(self) -> Iterator[Problem]:
         """What has no values, originals that other tensors are tied to, and hooks that cannot be removed."""
         for tensor in self.tensors:
+            if not tensor.hook_names and len(tensor.originals) < _count_of_originals(tensor):
+                yield Problem(tensor.name, "unsupported", "an original is no registered tensor, as when it is pruned")
+                continue
             found = (self._unfit(original, 1 + len(tensor.aliases)) for original in tensor.originals.values())
             text = next(filter(None, found), None)
             if text is not None:
@@ -137,6 +140,10 @@ class _Survey:
         if self._places[id(original)] > count:
             return "its original is tied to another tensor, which would become the weight too; untie it"
         return None
+
+
+def _count_of_originals(tensor: ParametrizedTensor) -> int:
+    return len(_torch.original_names(_torch.parametrization_lists(tensor.module)[tensor.tensor_name]))
 
 
 def _is_replaced(tensor: ParametrizedTensor) -> bool:

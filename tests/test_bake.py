@@ -462,6 +462,17 @@ def test_a_hook_that_is_none_of_the_known_forms_is_refused_and_not_left_behind(m
     assert_unchanged(model, before)
 
 
+def test_an_original_that_is_pruned_is_refused() -> None:
+    layer: Any = weight_norm(nn.Linear(3, 4))
+    prune.l1_unstructured(layer.parametrizations.weight, "original1", amount=0.5)  # type: ignore[no-untyped-call]
+    before = snapshot(layer)
+    with pytest.raises(
+        UnsupportedModuleError, match="weight: an original is no registered tensor, as when it is pruned"
+    ):
+        orthoserde.bake_(layer)
+    assert_unchanged(layer, before)
+
+
 def test_pruning_that_was_taken_apart_is_refused() -> None:
     layer = pruned(nn.Linear(3, 4))
     del layer.weight_orig

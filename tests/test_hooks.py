@@ -471,6 +471,32 @@ def test_a_hook_of_a_subclass_is_plain_tensors(tmp_path: Path) -> None:
     assert report.notes == (f"{text}; its tensors were loaded all the same",)
 
 
+def coarse(*, hooked: bool) -> Any:
+    """Of a dtype that computes nothing."""
+    layer = with_hook("weight_norm", nn.Linear(3, 4, bias=False)) if hooked else nn.Linear(3, 4, bias=False)
+    for name, parameter in list(layer.named_parameters()):
+        layer.register_parameter(name, nn.Parameter(parameter.detach().to(torch.float8_e4m3fn), requires_grad=False))
+    return layer
+
+
+def test_state_whose_weight_cannot_be_computed_is_loaded_all_the_same_and_the_report_says_so(tmp_path: Path) -> None:
+    model, other = coarse(hooked=True), coarse(hooked=True)
+    orthoserde.save(model, tmp_path / "m")
+    report = orthoserde.load(other, tmp_path / "m")
+    assert report.notes[0].startswith("weight: its state is loaded, and its weight cannot be computed: ")
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert bits(ours) == bits(theirs)
+
+
+def test_a_weight_that_cannot_be_computed_is_refused_by_a_plain_model(tmp_path: Path) -> None:
+    safetensors.torch.save_file(dict(coarse(hooked=True).state_dict()), tmp_path / "m")
+    model = coarse(hooked=False)
+    before = snapshot(model)
+    with pytest.raises(IncompatibleModelError, match="torch>weight_norm cannot be computed here"):
+        orthoserde.load(model, tmp_path / "m")
+    assert_unchanged(model, before)
+
+
 # Older files
 
 

@@ -79,6 +79,9 @@ def bake_bare(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, 
         problems = [Problem(name, "mismatch", text.format(kind)) for name, kind in wanted.items()]
         return Baked(checkpoint, {}, tuple(problems))
     try:
-        return Baked(bake(checkpoint, registry, wanted), wanted, ())
+        baked = bake(checkpoint, registry, wanted)
+        for name in wanted:
+            baked.tensor(name)  # not every dtype computes, which must be known before anything is written
+        return Baked(baked, wanted, ())
     except ConfigError as error:
         return Baked(checkpoint, {}, (Problem("", "mismatch", str(error)),))

@@ -101,7 +101,8 @@ class _Survey:
         for path, module in inventory.modules.items():
             modules.setdefault(id(module), (module, []))[1].append(path)
         self._modules = [(module, tuple(paths)) for module, paths in modules.values() if not self._is_part(paths)]
-        both = (*inventory.parametrized, *inventory.hooked)
+        hooked = [tensor for tensor in inventory.hooked if "0.mask" not in tensor.hook_names]  # what is pruned is below
+        both = (*inventory.parametrized, *hooked)
         self.tensors = [tensor for tensor in both if not self._is_part((tensor.module_path, *tensor.aliases))]
         self.pruned = [
             _Pruned(paths, module, name) for module, paths in self._modules for name in _torch.pruned_names(module)

@@ -1,7 +1,8 @@
 """Older hooks of torch, seen as the parametrizations that they are.
 
-``torch.nn.utils.weight_norm`` and ``torch.nn.utils.spectral_norm`` keep the unconstrained tensors in the module itself,
-under names of their own, and compute the weight before each forward.
+``torch.nn.utils.weight_norm``, ``torch.nn.utils.spectral_norm`` and ``torch.nn.utils.prune`` keep the unconstrained
+tensors in the module itself, under names of their own, and compute the weight before each forward. A pruned tensor is
+what ``torch.ao.pruning.FakeSparsity`` makes of the same tensors.
 
 Note [Power method]
 Both forms of spectral normalisation have the same state and the same weight in evaluation mode. In training mode each
@@ -28,7 +29,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from orthoserde import _torch
 from orthoserde.codec import Codec
 from orthoserde.json_values import JSON
-from orthoserde.manifest import HOOK_SUFFIXES, SPECTRAL_NORM, WEIGHT_NORM
+from orthoserde.manifest import FAKE_SPARSITY, HOOK_SUFFIXES, SPECTRAL_NORM, WEIGHT_NORM
+from orthoserde.parametrizations import fake_sparsity
 from orthoserde.parametrizations.spectral_norm import SpectralNormCodec
 from orthoserde.parametrizations.weight_norm import WeightNormCodec
 
@@ -67,6 +69,10 @@ def hooked_weights(module: nn.Module) -> Iterator[HookedWeight]:
             continue
         if found is not None:
             yield found
+    for name in dict.fromkeys(_torch.pruned_names(module)):
+        found = _pruned(module, name)
+        if found is not None:
+            yield found
 
 
 def other_hooks(module: nn.Module) -> Iterator[str]:
@@ -92,13 +98,15 @@ def configs_by_shapes(kind: str, shapes: Mapping[str, Sequence[int]]) -> list[di
     """Configurations that the shapes of tensors allow.
 
     Args:
-        kind: Weight or spectral normalisation.
+        kind: A kind with hooks.
         shapes: By the name of an original, or the role in the parametrization.
 
     Returns:
         Those that differ in ``dim`` alone, ``eps`` and ``n_power_iterations`` being torch's defaults; none if the
         shapes are not such as this kind has.
     """
+    if kind == FAKE_SPARSITY:
+        return [{}] if shapes["original"] == shapes["mask"] else []
     weight_norm = kind == WEIGHT_NORM
     originals = {part: size for part, size in shapes.items() if part.startswith("original")}
     roles = {part: size for part, size in shapes.items() if part not in originals}
@@ -154,3 +162,15 @@ def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | No
     for role in ("_u", "_v"):
         _torch.set_buffer(parametrization, role, own[names[f"0.{role}"]])
     return HookedWeight(hook.name, parametrization, {"original": original}, names, unsafe=False)
+
+
+def _pruned(module: nn.Module, tensor_name: str) -> HookedWeight | None:
+    names = hook_names(FAKE_SPARSITY, tensor_name)
+    original = _torch.own_parameters(module).get(names["original"])
+    mask = _torch.own_buffers(module).get(names["0.mask"])
+    codec = fake_sparsity.for_kind(FAKE_SPARSITY)
+    if original is None or mask is None or codec is None or original.shape != mask.shape:
+        return None
+    parametrization = codec.build({}, original)
+    _torch.set_buffer(parametrization, "mask", mask)
+    return HookedWeight(tensor_name, parametrization, {"original": original}, names, unsafe=False)

@@ -23,7 +23,6 @@ from orthoserde.manifest import (
     HOOK,
     HOOK_SUFFIXES,
     SPECTRAL_NORM,
-    WEIGHT_NORM,
     Manifest,
     ParametrizationRecord,
     ParametrizedRecord,
@@ -140,7 +139,7 @@ def _by_keys(manifest: Manifest) -> Iterator[NormedTensor]:
     parts = parts_by_prefix(everything, {})
     found: dict[tuple[object, ...], NormedTensor] = {}
     for key in everything:
-        for kind in (WEIGHT_NORM, SPECTRAL_NORM):
+        for kind in HOOK_SUFFIXES:
             for hooked in (False, True):
                 tensor = _named_after(key, kind, hooked)
                 if tensor is None or not configs_of(manifest, tensor):

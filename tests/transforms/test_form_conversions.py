@@ -282,7 +282,7 @@ def test_names_that_are_taken_are_left_alone(tmp_path: Path) -> None:
         {"_g": (4, 1), "_v": (4, 3)},
         {"weight_orig": (4, 3), "weight_u": (4,)},
         {"weight_orig": (4, 3), "weight_u": (3,), "weight_v": (3,)},
-        {"weight_orig": (4, 3), "weight_mask": (4, 3)},
+        {"weight_orig": (4, 3), "weight_mask": (4, 2)},
         {"parametrizations.weight.original0": (4, 1)},
         {"parametrizations.weight.original0": (4, 2), "parametrizations.weight.original1": (4, 3)},
         {

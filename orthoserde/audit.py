@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, join
 from orthoserde.parametrizations import BUILT_IN_CODECS, codec_for_kind
+from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
@@ -36,16 +37,18 @@ from orthoserde.transforms import expand
 #: 4096 rows, whose exponential takes seconds.
 SCRATCH_BYTES = 64 << 20
 
+_ORTHOGONAL = OrthogonalCodec()
 
-class _NotMeasured(Exception):  # noqa: N818  # an answer, not an error
+
+class NotMeasured(Exception):  # noqa: N818  # an answer, not an error
     """A tensor cannot be computed from the file alone; the message says why."""
 
 
-class _Misfit(Exception):  # noqa: N818  # an answer, not an error
+class Misfit(Exception):  # noqa: N818  # an answer, not an error
     """The stored state is not one that the recorded configuration can have; the message says why."""
 
 
-def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
+def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[str] = ()) -> VerifyReport:
     """Check the digest of every tensor, and how far every computed tensor is from its constraint.
 
     Digests are read in blocks. Then one parametrized tensor at a time is read and computed; see Note [Dry run].
@@ -54,6 +57,8 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
         checkpoint: What a file holds. That it could be read says that its schema is sound.
         registry: The user's codecs. A class that was merely registered has no constraint that is known, so it is never
             built.
+        orthonormal: Keys of plain tensors that are computed weights with orthonormal columns, as a rotation of pyreft's
+            is; they are held to that too.
 
     Returns:
         What was found. A damaged or senseless tensor is an entry of the report, not an exception.
@@ -73,17 +78,25 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
         for stored, record in zip(manifest.parametrized, expanded.manifest.parametrized, strict=True):
             try:
                 if any(manifest.kept_key(key) in damaged for key in stored.tensor_keys()):
-                    raise _NotMeasured("its state is damaged")
+                    raise NotMeasured("its state is damaged")
                 links = [_resolve(link, registry) for link in record.chain]
                 residual, admitted = _measure(expanded, record, links, limit)
-            except _NotMeasured as reason:
+            except NotMeasured as reason:
                 not_measured[record.name] = str(reason)
-            except _Misfit as reason:
+            except Misfit as reason:
                 misfits[record.name] = str(reason)
             else:
                 residuals[record.name] = residual
                 if not admitted:
                     off_constraint.append(record.name)
+        for key in orthonormal:
+            if manifest.tensors[key].dtype not in ORTHONORMAL_DTYPES:
+                not_measured[key] = f"{manifest.tensors[key].dtype} is too coarse to be held to a constraint"
+                continue
+            weight = checkpoint.tensor(key)
+            residuals[key] = _ORTHOGONAL.residual(weight)
+            if not _ORTHOGONAL.admits(weight, {}):
+                off_constraint.append(key)
     return VerifyReport(
         path=checkpoint.origin,
         has_configuration=manifest.has_configuration,
@@ -97,14 +110,38 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
     )
 
 
+def computed_weight(expanded: Checkpoint, record: ParametrizedRecord, registry: Registry) -> Tensor:
+    """The tensor that a parametrized one stands for, computed from the stored state alone; see Note [Dry run].
+
+    Args:
+        expanded: A checkpoint whose bases are whole (``orthoserde.transforms.expand``).
+        record: One of its parametrized tensors.
+        registry: The user's codecs.
+
+    Returns:
+        A new CPU tensor of the recorded shape.
+
+    Raises:
+        NotMeasured: It cannot be computed from the checkpoint alone; the message says why.
+        Misfit: The stored state is not one that the recorded configuration can have.
+    """
+    links = [_resolve(link, registry) for link in record.chain]
+    limit = max(SCRATCH_BYTES, expanded.manifest.nbytes)
+    _check_size(expanded, record, limit)
+    return _compute(record, links, expanded.tensor, functools.partial(_wary_run, limit=limit))
+
+
 def _unrecorded(manifest: Manifest) -> dict[str, str]:
     """Parametrized tensors of a file without configuration: torch's keys give them away."""
     found: dict[str, str] = {}
     if not manifest.has_configuration:
+        recorded = {record.name for record in manifest.parametrized}
         for key in (*manifest.tensors, *manifest.aliases):
             parts = key.split(".")
             if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] in ("original", "original0"):
-                found[join(*parts[:-3], parts[-2])] = "the file has no configuration"
+                name = join(*parts[:-3], parts[-2])
+                if name not in recorded:
+                    found[name] = "the file has no configuration"
     return found
 
 
@@ -125,20 +162,20 @@ def _resolve(record: ParametrizationRecord, registry: Registry) -> _Link:
     kind, version = record.kind, record.version
     codec = codec_for_kind(registry, kind)
     if kind == OPAQUE:
-        raise _NotMeasured(f"{record.class_name} was not registered when it was saved")
+        raise NotMeasured(f"{record.class_name} was not registered when it was saved")
     if codec is None:
-        raise _NotMeasured(f"{kind} is not registered in this process")
+        raise NotMeasured(f"{kind} is not registered in this process")
     if isinstance(codec, RegisteredClass):
-        raise _NotMeasured(f"what {kind} computes, and its constraint, are known to its own code alone")
+        raise NotMeasured(f"what {kind} computes, and its constraint, are known to its own code alone")
     if record.config is None:
-        raise _NotMeasured(f"the file does not have the configuration of its {kind}")
+        raise NotMeasured(f"the file does not have the configuration of its {kind}")
     if version > codec.version:
-        raise _NotMeasured(f"the file has version {version} of {kind}, this process knows up to {codec.version}")
+        raise NotMeasured(f"the file has version {version} of {kind}, this process knows up to {codec.version}")
     if version < codec.version:
         try:
             return _Link(record, codec, codec.upgrade(dict(record.config), version))
         except Exception as error:  # whatever a user's codec raises
-            raise _NotMeasured(f"{kind}: upgrade from version {version}: {_one_line(error)}") from error
+            raise NotMeasured(f"{kind}: upgrade from version {version}: {_one_line(error)}") from error
     return _Link(record, codec, record.config)
 
 
@@ -146,10 +183,7 @@ def _measure(
     checkpoint: Checkpoint, record: ParametrizedRecord, links: list[_Link], limit: int
 ) -> tuple[float | None, bool]:
     """Residual of a parametrized tensor, and whether it is on its constraint."""
-    manifest = checkpoint.manifest
-    largest = max(manifest.tensors[manifest.kept_key(key)].nbytes for key in record.tensor_keys())
-    if largest > limit:  # a base that is stored as columns
-        raise _NotMeasured(f"its base takes {largest} bytes at once to work out, and the limit here is {limit}")
+    _check_size(checkpoint, record, limit)
     if not all(link.codec in BUILT_IN_CODECS for link in links):
         return _judge(links[-1], _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit)))
     # All that shapes and dtypes tell comes before anything is read.
@@ -158,8 +192,15 @@ def _measure(
         return None, True
     # What is coarser is off its constraint by its own rounding.
     if dtype_name(dry.dtype) not in ORTHONORMAL_DTYPES:
-        raise _NotMeasured(f"{dtype_name(dry.dtype)} is too coarse to be held to a constraint")
+        raise NotMeasured(f"{dtype_name(dry.dtype)} is too coarse to be held to a constraint")
     return _judge(links[-1], _compute(record, links, checkpoint.tensor, _run))
+
+
+def _check_size(checkpoint: Checkpoint, record: ParametrizedRecord, limit: int) -> None:
+    manifest = checkpoint.manifest
+    largest = max(manifest.tensors[manifest.kept_key(key)].nbytes for key in record.tensor_keys())
+    if largest > limit:  # a base that is stored as columns
+        raise NotMeasured(f"its base takes {largest} bytes at once to work out, and the limit here is {limit}")
 
 
 def _meta_tensor(checkpoint: Checkpoint, key: str) -> Tensor:
@@ -182,7 +223,7 @@ def _compute(record: ParametrizedRecord, links: list[_Link], tensor: Callable[[s
         weight = step(link, current, own)
         current = {"original": weight}
     if record.shape is not None and weight.shape != record.shape:
-        raise _Misfit(f"recorded with shape {list(record.shape)}, its state gives {list(weight.shape)}")
+        raise Misfit(f"recorded with shape {list(record.shape)}, its state gives {list(weight.shape)}")
     return weight
 
 
@@ -198,7 +239,7 @@ def _run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     try:
         return link.codec.compute(link.config, {**inputs, **own})
     except Exception as error:  # torch has no such operation for this dtype, or whatever a user's codec raises
-        raise _NotMeasured(f"{link.codec.kind} cannot be computed here: {_one_line(error)}") from error
+        raise NotMeasured(f"{link.codec.kind} cannot be computed here: {_one_line(error)}") from error
 
 
 def _dry_run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor], *, limit: int) -> Tensor:
@@ -208,24 +249,24 @@ def _dry_run(link: _Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor
     try:
         expected, optional = _expected_shapes(link, {name: state[name] for name in inputs})
         for name in sorted(state.keys() - expected.keys() - optional):
-            raise _Misfit(f"{kind} has no tensor {name!r} in this configuration")
+            raise Misfit(f"{kind} has no tensor {name!r} in this configuration")
         for name in sorted(optional - state.keys()):
-            raise _NotMeasured(f"its {name} is None, as torch left it on the meta device")
+            raise NotMeasured(f"its {name} is None, as torch left it on the meta device")
         for name, shape in expected.items():
             if name not in state:
-                raise _Misfit(f"{kind} needs a tensor {name!r}, which is not in the file")
+                raise Misfit(f"{kind} needs a tensor {name!r}, which is not in the file")
             if state[name].shape != shape:
-                raise _Misfit(f"{kind}: expected {name} of shape {list(shape)}, got {list(state[name].shape)}")
+                raise Misfit(f"{kind}: expected {name} of shape {list(shape)}, got {list(state[name].shape)}")
         with _torch.LargestTensor() as largest:
             weight: Tensor = link.codec.compute(link.config, state)
-    except (_Misfit, _NotMeasured):
+    except (Misfit, NotMeasured):
         raise
     except NotImplementedError as error:
-        raise _NotMeasured(f"{kind} cannot be checked with this torch: {_one_line(error)}") from error
+        raise NotMeasured(f"{kind} cannot be checked with this torch: {_one_line(error)}") from error
     except Exception as error:  # whatever torch makes of shapes and settings that do not go together
-        raise _Misfit(f"{kind}: its tensors do not fit its configuration: {_one_line(error)}") from error
+        raise Misfit(f"{kind}: its tensors do not fit its configuration: {_one_line(error)}") from error
     if largest.nbytes > limit:
-        raise _NotMeasured(f"{kind} takes {largest.nbytes} bytes at once to compute, and the limit here is {limit}")
+        raise NotMeasured(f"{kind} takes {largest.nbytes} bytes at once to compute, and the limit here is {limit}")
     return weight
 
 
@@ -237,7 +278,7 @@ def _expected_shapes(link: _Link, inputs: Mapping[str, Tensor]) -> tuple[dict[st
     with contextlib.suppress(KeyError):
         shape = link.codec.shape({name: tensor.shape for name, tensor in inputs.items()})
     if shape is None:
-        raise _Misfit(f"{link.codec.kind} cannot be computed from {', '.join(sorted(inputs))}")
+        raise Misfit(f"{link.codec.kind} cannot be computed from {', '.join(sorted(inputs))}")
     fresh = inputs
     # Which state a weight comes from cannot always be told, or not on the meta device; then the computation must do.
     with contextlib.suppress(ConfigError, RuntimeError):
@@ -253,7 +294,7 @@ def _judge(link: _Link, weight: Tensor) -> tuple[float | None, bool]:
         residual = link.codec.residual(weight)
         return residual, residual is None or link.codec.admits(weight, link.config)
     except Exception as error:  # whatever a user's codec raises
-        raise _NotMeasured(f"{link.codec.kind} cannot be measured here: {_one_line(error)}") from error
+        raise NotMeasured(f"{link.codec.kind} cannot be measured here: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

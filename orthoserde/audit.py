@@ -24,9 +24,10 @@ from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import Codec
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
-from orthoserde.manifest import OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, join
+from orthoserde.manifest import DENSE, OPAQUE, ORTHOGONAL, Manifest, ParametrizationRecord, ParametrizedRecord, join
 from orthoserde.parametrizations import BUILT_IN_CODECS, codec_for_kind
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
+from orthoserde.probe import off_orthonormal
 from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
@@ -89,6 +90,11 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
                 residuals[record.name] = residual
                 if not admitted:
                     off_constraint.append(record.name)
+                elif (far := _base_error(stored, checkpoint)) is not None:
+                    misfits[record.name] = (
+                        f"the weight is on its constraint, but its base is off orthogonality by {far:.2g}, so that "
+                        "training leaves the constraint with the next step"
+                    )
         for key in orthonormal:
             if manifest.tensors[key].dtype not in ORTHONORMAL_DTYPES:
                 not_measured[key] = f"{manifest.tensors[key].dtype} is too coarse to be held to a constraint"
@@ -129,6 +135,20 @@ def computed_weight(expanded: Checkpoint, record: ParametrizedRecord, registry: 
     limit = max(SCRATCH_BYTES, expanded.manifest.nbytes)
     _check_size(expanded, record, limit)
     return _compute(record, links, expanded.tensor, functools.partial(_wary_run, limit=limit))
+
+
+def _base_error(record: ParametrizedRecord, checkpoint: Checkpoint) -> float | None:
+    """How far the whole base of an orthogonal tensor is from orthogonal; None if it is, or if there is none.
+
+    A weight that was put into the first columns of another rotation's base looks right; see ``orthoserde.probe``.
+    """
+    for index, link in enumerate(record.chain):
+        key = record.link_key(index, "base")
+        if link.kind == ORTHOGONAL and link.tensors.get("base") == DENSE:
+            base = checkpoint.tensor(key)
+            if dtype_name(base.dtype) in ORTHONORMAL_DTYPES:
+                return off_orthonormal(base)
+    return None
 
 
 def _unrecorded(manifest: Manifest) -> dict[str, str]:

@@ -50,14 +50,14 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         for key in records:
             digest, start = Digest(), size
             for block in checkpoint.sources[key].blocks():
-                _write_all(file, block)
+                write_all(file, block)
                 digest.add(block)
                 size += len(block)
             if size - start != byte_size(*container_form(records[key].dtype, records[key].shape)):
                 raise UnsupportedModuleError(f"{key}: its size changed while it was being saved")
             digests[key] = str(digest)
         file.seek(0)
-        _write_all(file, memoryview(file_header(_with_digests(manifest, digests))))
+        write_all(file, memoryview(file_header(_with_digests(manifest, digests))))
         # A file without tensors ends at its header; one with tensors was extended by the writes above.
         file.truncate(size)
     return size
@@ -68,7 +68,8 @@ def _with_digests(manifest: Manifest, digests: dict[str, str]) -> Manifest:
     return dataclasses.replace(manifest, tensors=tensors)
 
 
-def _write_all(file: io.FileIO, block: memoryview) -> None:
+def write_all(file: io.FileIO, block: memoryview) -> None:
+    """Write all of a block, which the system may take in parts."""
     for part in _parts(block):
         done = 0
         while done < len(part):

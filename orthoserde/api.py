@@ -18,6 +18,7 @@ from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
+from orthoserde.opening import open_checkpoint, rotations_of
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
@@ -346,11 +347,11 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
     """Say what a file holds, without a model.
 
     Of a safetensors file, ours or another library's, the header alone is read, so this takes no longer for a large
-    file. (A state dict of ``torch.save`` has no header; it is read whole.) ``python -m orthoserde inspect FILE`` shows
-    the same as a table.
+    file. (A state dict of ``torch.save`` has no header; it is read whole.) ``orthoserde inspect PATH`` shows the
+    same as a tree.
 
     Args:
-        path: The file.
+        path: The file, or a folder that pyreft wrote.
 
     Returns:
         Its tensors, parametrized tensors with their configuration, ties, modules and metadata. Of a file of another
@@ -375,7 +376,7 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
         >>> manifest.parametrized[0].chain[0].config["orthogonal_map"]
         'cayley'
     """
-    with storage.read(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         return checkpoint.manifest
 
 
@@ -387,7 +388,8 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
     what it takes in training: seconds for a matrix exponential of a few thousand rows.
 
     Args:
-        path: The file. One of another library has neither digests nor configuration; ``report.digests`` says so.
+        path: The file, or a folder that pyreft wrote. A file of another library has neither digests nor configuration;
+            ``report.digests`` says so.
         registry: Codecs of your own, whose constraints are to be measured; those added to
             ``orthoserde.default_registry`` by default. A class that was merely registered is never built.
 
@@ -411,8 +413,9 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
         >>> verified.residuals["weight"] < 1e-5
         True
     """
-    with storage.read(path) as checkpoint:
-        return audit.verify(checkpoint, default_registry if registry is None else registry)
+    with open_checkpoint(path) as checkpoint:
+        known = default_registry if registry is None else registry
+        return audit.verify(checkpoint, known, rotations_of(path, checkpoint))
 
 
 def _with_neighbours(registry: Registry, model: nn.Module) -> Registry:

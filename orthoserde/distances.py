@@ -132,19 +132,22 @@ def _principal_angles(one: Tensor, two: Tensor) -> Tensor:
     overlap = one.mH @ two
     cosines = torch.linalg.svdvals(overlap)
     sines = torch.linalg.svdvals(two - one @ overlap).flip(0)
-    return torch.atan2(sines, cosines)
+    angles: Tensor = torch.atan2(sines, cosines)
+    return angles
 
 
 def _rotation_angles(one: Tensor, two: Tensor) -> Tensor:
     """Angles of the eigenvalues of ``one^H two``, infinite where there is no path; see Note [Rotations]."""
-    turn = one.mH @ two
+    turn: Tensor = one.mH @ two
     if not turn.is_complex() and float(torch.linalg.slogdet(turn).sign) < 0:
         return torch.full((one.size(0),), math.inf, dtype=torch.float64)
     skew = turn - turn.mH
     if float(skew.abs().max()) < 1e-6 and float(turn.diagonal().real.min()) > 0:
         # Close to I the logarithm is its skew part to third order, where eigenvalues have no digits left.
-        return torch.linalg.svdvals(skew / 2).asin()
-    return torch.linalg.eigvals(turn).angle().abs()
+        small: Tensor = torch.linalg.svdvals(skew / 2).asin()
+        return small
+    angles: Tensor = torch.linalg.eigvals(turn).angle().abs()
+    return angles
 
 
 def _tall(tensor: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _modules(one: Manifest, two: Manifest) -> dict[str, Pair]:
     for path in dict.fromkeys([*sides[0], *sides[1]]):
         left, right = sides[0].get(path), sides[1].get(path)
         if left is None or right is None:
-            found[f"{path or '(model)'}: kind"] = (left and left.kind, right and right.kind)
+            found[f"{path or '(model)'}: kind"] = (left.kind if left else None, right.kind if right else None)
             continue
         if left.kind != right.kind or left.version != right.version:
             found[f"{path or '(model)'}: kind"] = (f"{left.kind} {left.version}", f"{right.kind} {right.version}")

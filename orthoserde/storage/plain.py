@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def write_torch(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
     with replacing(path) as file:
         noting = _Noting(file)
         try:
-            torch.save(state, noting)
+            torch.save(state, cast("IO[bytes]", noting))
         except Exception:
             if noting.error is not None:  # torch turns the error of a full disk into one that does not say so
                 raise noting.error from None

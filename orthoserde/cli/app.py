@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from enum import Enum
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -37,7 +37,7 @@ EXIT_CODES = (
 )
 
 #: What is raised for wrong usage: click's own, whichever click this typer has.
-_USAGE = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+_USAGE: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 app = typer.Typer(
     name="orthoserde",
@@ -156,7 +156,10 @@ def inspect(
 
 @app.command(epilog=EXIT_CODES)
 def verify(path: Checkpoint, everything: All = False, as_json: Json = False) -> int:
-    """Check every byte of a checkpoint, and how far its computed tensors are from their constraints."""
+    """Check every byte and every constraint.
+
+    Every tensor is held to its digest, every computed tensor to its constraint, and bases to orthogonality.
+    """
     output = Output()
     with open_checkpoint(path) as found, Bar("verifying", 2 * found.manifest.nbytes) as bar:
         checkpoint = watched(found, bar.advance, verify=False)
@@ -178,7 +181,10 @@ def diff(
     everything: All = False,
     as_json: Json = False,
 ) -> int:
-    """Say how two checkpoints differ: configuration, distance of each tensor, and along its manifold too."""
+    """Say how two checkpoints differ.
+
+    Configuration, the distance of each tensor, of orthogonal ones along their manifold too, and training state.
+    """
     output = Output()
     with (
         open_checkpoint(a) as one,
@@ -206,9 +212,7 @@ def convert(
     output = Output()
     try:
         with Bar("converting", stored_bytes(source)) as bar:
-            report = conversion.convert(
-                source, target, cast("conversion.Form", to.value), force=force, progress=bar.advance
-            )
+            report = conversion.convert(source, target, to.value, force=force, progress=bar.advance)
     except (CheckpointNotFoundError, FileFormatError):
         raise
     except (OrthoserdeError, OSError) as error:

@@ -67,8 +67,7 @@ def pair(label: str, text: str, width: int, style: str = "") -> list[Text]:
     lines = wrapped(text, width - len(first))
     found: list[Text] = []
     for i, line in enumerate(lines or [""]):
-        part = Text(first if i == 0 else " " * len(first), style="dim" if i == 0 else "")
-        found.append(part.append(line, style=style or "default"))
+        found.append(Text().append(first if i == 0 else " " * len(first), "dim").append(line, style))
     return found
 
 
@@ -129,17 +128,17 @@ def table(rows: Iterable[Row], width: int, right: frozenset[int] = frozenset()) 
         alone = not any(row.cells[1:])
         room = max(8, (width if alone else first) - cell_len(row.guide))
         name = squeeze(row.cells[0], room)
-        line = Text(row.guide, style="dim").append(name, style=row.style or "default")
+        line = Text().append(row.guide, "dim").append(name, row.style)
         if not alone:
             line.append(" " * (first - cell_len(row.guide) - cell_len(name)))
             for i, (cell, size) in enumerate(zip(row.cells[1:], others, strict=True), start=1):
                 cell = squeeze(cell, size)
                 space = " " * (size - cell_len(cell))
-                line.append(GAP + (space + cell if i in right else cell + space), style="default")
+                line.append(GAP + (space + cell if i in right else cell + space))
         lines.append(line)
         for guide, text in row.below:
             parts = wrapped(text, max(20, width - cell_len(guide)))
-            lines += [Text(guide, style="dim").append(part, style="cyan") for part in parts]
+            lines += [Text().append(guide, "dim").append(part, "cyan") for part in parts]
     return lines
 
 

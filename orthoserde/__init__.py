@@ -6,6 +6,7 @@
 
 from orthoserde._version import __version__
 from orthoserde.api import build, inspect, load, save, verify
+from orthoserde.baking import bake_
 from orthoserde.charts import orthogonal
 from orthoserde.codec import Codec
 from orthoserde.errors import (
@@ -35,6 +36,7 @@ from orthoserde.proof import Difference, Grade, Proof, prove
 from orthoserde.rechart import canonicalize_
 from orthoserde.registry import Registry, default_registry, register
 from orthoserde.reports import (
+    BakeReport,
     CanonicalizeReport,
     ChartReport,
     Fidelity,
@@ -51,6 +53,7 @@ from orthoserde.walk import ParametrizedTensor, parametrized_tensors
 __all__ = [
     "AdapterError",
     "BackgroundSaveError",
+    "BakeReport",
     "CanonicalizeError",
     "CanonicalizeReport",
     "ChartReport",
@@ -86,6 +89,7 @@ __all__ = [
     "UnsupportedModuleError",
     "VerifyReport",
     "__version__",
+    "bake_",
     "build",
     "canonicalize_",
     "default_registry",

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
@@ -79,6 +79,16 @@ def is_fsdp1(module: nn.Module) -> bool:
 def child_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Direct children by name; an overridden ``named_modules`` or ``named_children`` has no say."""
     return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def forward_pre_hooks(module: nn.Module) -> list[object]:
+    """What is called before the forward of this very module, in order."""
+    return list(module._forward_pre_hooks.values())
+
+
+def pruned_names(module: nn.Module) -> list[str]:
+    """Names of the tensors of this very module that ``torch.nn.utils.prune`` masks."""
+    return [hook._tensor_name for hook in forward_pre_hooks(module) if isinstance(hook, prune.BasePruningMethod)]
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:

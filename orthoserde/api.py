@@ -23,7 +23,7 @@ from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.scope import Select
-from orthoserde.training import Targets, labelled, with_training
+from orthoserde.training import Targets, with_training
 from orthoserde.transforms import compact, compact_all
 from orthoserde.traps import warn_of_traps
 from orthoserde.walk import module_types
@@ -133,7 +133,7 @@ def save(
         registry=registry,
         debug=debug,
     )
-    warn_of_traps(model, labelled(optimizer))
+    warn_of_traps(model, optimizer)
     return prepared.write(path)
 
 
@@ -287,7 +287,7 @@ def load(
             verify=verify,
             training=training,
         )
-    warn_of_traps(model, training.optimizers)
+    warn_of_traps(model, optimizer)
     if sink is not None and watch is not None:
         watch.report(sink)
     return report

@@ -18,6 +18,7 @@ from orthoserde.evaluate import codecs_of, computed
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
+    HOOK,
     OPAQUE,
     Manifest,
     ModuleRecord,
@@ -25,6 +26,7 @@ from orthoserde.manifest import (
     ParametrizedRecord,
     TensorRecord,
     check_references,
+    class_name,
 )
 from orthoserde.names import original_keys
 from orthoserde.parametrizations import codec_for_type
@@ -69,7 +71,11 @@ def capture(
             )
         tensors, aliases = _unique_tensors(scope.tensors)
         left_out = set(scope.left_out)
-        parametrized = [tensor for tensor in inventory.parametrized if left_out.isdisjoint(original_keys(tensor))]
+        parametrized = [
+            tensor
+            for tensor in (*inventory.parametrized, *inventory.hooked)
+            if left_out.isdisjoint(original_keys(tensor))
+        ]
         manifest = Manifest(
             tensors={key: _record(tensor, inventory.slots[key].parameter) for key, tensor in tensors.items()},
             aliases=aliases,
@@ -150,7 +156,8 @@ def _record(tensor: Tensor, parameter: bool) -> TensorRecord:
 
 
 def _parametrized_record(tensor: ParametrizedTensor, registry: Registry) -> ParametrizedRecord:
-    chain = tuple(link_record(parametrization, registry) for parametrization in tensor.parametrizations)
+    encoding = HOOK if tensor.hook_names else DENSE
+    chain = tuple(link_record(parametrization, registry, encoding) for parametrization in tensor.parametrizations)
     shape = weight_shape(tensor, registry)
     dtype = None if shape is None and tensor.unsafe else dtype_name(list(tensor.originals.values())[-1].dtype)
     return ParametrizedRecord(
@@ -161,13 +168,13 @@ def _parametrized_record(tensor: ParametrizedTensor, registry: Registry) -> Para
         dtype=dtype,
         parameter=tensor.parameter,
         unsafe=tensor.unsafe,
-        originals=dict.fromkeys(tensor.originals, DENSE),
+        originals=dict.fromkeys(tensor.originals, encoding),
         chain=chain,
     )
 
 
-def link_record(parametrization: nn.Module, registry: Registry) -> ParametrizationRecord:
-    """What the manifest says of one parametrization.
+def link_record(parametrization: nn.Module, registry: Registry, encoding: str = DENSE) -> ParametrizationRecord:
+    """What the manifest says of one parametrization, whose tensors are stored in this encoding.
 
     Raises:
         ConfigError: Its codec gives a configuration that is not JSON, or overlooks some of its tensors.
@@ -177,20 +184,15 @@ def link_record(parametrization: nn.Module, registry: Registry) -> Parametrizati
     codec = codec_for_type(registry, cls)
     roles = own_tensors(parametrization)
     if codec is None:
-        return ParametrizationRecord(OPAQUE, 1, None, class_name(cls), dict.fromkeys(roles, DENSE))
+        return ParametrizationRecord(OPAQUE, 1, None, class_name(cls), dict.fromkeys(roles, encoding))
     claimed = codec.tensors(parametrization)
     if claimed.keys() != roles.keys():
         raise ConfigError(
             f"{codec.kind}: its codec names the tensors {sorted(claimed)}, the module has {sorted(roles)}"
         )
     return ParametrizationRecord(
-        codec.kind, codec.version, _checked_config(codec, parametrization), None, dict.fromkeys(roles, DENSE)
+        codec.kind, codec.version, _checked_config(codec, parametrization), None, dict.fromkeys(roles, encoding)
     )
-
-
-def class_name(cls: type) -> str:
-    """How an unregistered class is recorded: ``module:qualname``."""
-    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def weight_shape(tensor: ParametrizedTensor, registry: Registry) -> torch.Size | None:

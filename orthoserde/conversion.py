@@ -16,7 +16,7 @@ from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecor
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import shorten
-from orthoserde.transforms import expand, unstructure
+from orthoserde.transforms import bake, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
 from orthoserde.watching import Progress, no_progress, watched
 
@@ -75,11 +75,16 @@ def convert(
     Args:
         source: Whatever :func:`orthoserde.opening.open_checkpoint` opens.
         target: The file to write, or the folder for the forms of pyreft.
-        form: ``"dense"``, our file with whole bases; ``"compact"``, with bases as columns where these determine them
-            bit for bit; ``"torch"``, what ``load_state_dict`` takes in a model with torch's own parametrizations, for a
-            name that ends in .pt, .pth or .bin by ``torch.save``; ``"pyreft"`` and ``"pyreft-full"``, a folder with
-            the computed weights of rotations alone, or with their state too. Of a source without configuration,
-            ``"dense"`` gives a plain file.
+        form: What is written:
+            ``"dense"``, our file with whole bases;
+            ``"compact"``, with bases as columns where these determine them bit for bit;
+            ``"baked"``, with the computed weights alone;
+            ``"hooks"``, under the keys of torch's older hooks, where there is such a hook;
+            ``"torch"``, what ``load_state_dict`` takes in a model with torch's own parametrizations;
+            ``"pyreft"`` and ``"pyreft-full"``, a folder with the computed weights of rotations alone, or with their
+            state too.
+            A source without configuration gives a plain file. Plain files, and for ``"baked"`` and ``"hooks"`` all
+            files, whose names end in .pt, .pth or .bin are written by ``torch.save``.
         force: Whether a file that is there already is replaced. A folder never is.
         registry: Codecs of your own.
         progress: Is told the bytes of each block that is read.
@@ -101,6 +106,9 @@ def convert(
         changed, notes = _FORMS[form](
             watched(found, progress, verify=True), default_registry if registry is None else registry
         )
+        if form in ("baked", "hooks") and goal.lower().endswith(TORCH_ENDINGS):
+            changed, more = _plain(changed)
+            notes += more
         sort, written = _write(changed, goal, form)
         if sort != OURS and found.manifest.metadata:
             notes = (*notes, "metadata was left out: such a file has no place for it")
@@ -156,29 +164,54 @@ def _is_dense(record: ParametrizedRecord) -> bool:
 
 
 def _torch(checkpoint: Checkpoint, registry: Registry) -> _Changed:
-    manifest, notes = checkpoint.manifest, []
+    plain, notes = _plain(unstructure(to_parametrizations(checkpoint)))
+    structured = [r.name for r in plain.manifest.parametrized if any(k.kind == STRUCTURED for k in r.chain)]
+    if structured:
+        text = "structured ones that torch's form cannot stand for stay as they are"
+        notes = (*notes, f"{text}: {shorten(structured)}")
+    return plain, notes
+
+
+def _baked(checkpoint: Checkpoint, registry: Registry) -> _Changed:
+    notes = () if checkpoint.manifest.training is None else (_training_note(checkpoint),)
+    return bake(checkpoint, registry), notes
+
+
+def _hooks(checkpoint: Checkpoint, registry: Registry) -> _Changed:
+    changed = to_hooks(checkpoint)
+    if checkpoint.manifest.tensors.keys() == changed.manifest.tensors.keys():
+        return changed, ("the source has no tensor that one of torch's older hooks would keep under other keys",)
+    return changed, ()
+
+
+_FORMS: Mapping[str, Callable[[Checkpoint, Registry], _Changed]] = {
+    "dense": _dense,
+    "compact": _compact,
+    "baked": _baked,
+    "hooks": _hooks,
+    "torch": _torch,
+}
+
+
+def _plain(checkpoint: Checkpoint) -> _Changed:
+    """What of a checkpoint a state dict is: the tensors of the model, whole, without their configuration."""
+    manifest = checkpoint.manifest
+    notes: list[str] = []
     if manifest.training is not None:
-        notes.append(f"training state was left out: {manifest.training}")
+        notes.append(_training_note(checkpoint))
     if manifest.computed:
         notes.append(f"computed tensors were left out, which load_state_dict does not expect: {len(manifest.computed)}")
     if manifest.left_out:
         notes.append(f"{len(manifest.left_out)} tensors of the model are not in the source; load it with strict=False")
     if manifest.aliases:
         notes.append(f"tied tensors stand under each of their names: {len(manifest.aliases)}")
-    plain = expand(unstructure(_without(checkpoint.without_training(), manifest.computed)))
-    structured = [r.name for r in plain.manifest.parametrized if any(k.kind == STRUCTURED for k in r.chain)]
-    if structured:
-        notes.append(f"structured ones that torch's form cannot stand for stay as they are: {shorten(structured)}")
-    return dataclasses.replace(plain, manifest=dataclasses.replace(plain.manifest, has_configuration=False)), tuple(
-        notes
-    )
+    whole = expand(_without(checkpoint.without_training(), manifest.computed))
+    manifest = dataclasses.replace(whole.manifest, has_configuration=False)
+    return dataclasses.replace(whole, manifest=manifest), tuple(notes)
 
 
-_FORMS: Mapping[str, Callable[[Checkpoint, Registry], _Changed]] = {
-    "dense": _dense,
-    "compact": _compact,
-    "torch": _torch,
-}
+def _training_note(checkpoint: Checkpoint) -> str:
+    return f"training state was left out: {checkpoint.manifest.training}"
 
 
 def _without(checkpoint: Checkpoint, keys: tuple[str, ...]) -> Checkpoint:

@@ -28,11 +28,23 @@ DENSE = "dense"
 #: The base of an orthogonal parametrization, stored as its first columns; the others are their canonical completion.
 COLUMNS = "columns"
 
+#: A tensor under the key that the older hooks of torch give it, such as ``weight_g``, instead of ``parametrizations``'.
+HOOK = "hook"
+
 #: The kind whose base may be stored as columns.
 ORTHOGONAL = "torch>orthogonal"
 
 #: The kind that keeps the first columns alone, in memory too.
 STRUCTURED = "orthoserde>orthogonal"
+
+WEIGHT_NORM = "torch>weight_norm"
+SPECTRAL_NORM = "torch>spectral_norm"
+
+#: By kind, what an older hook of torch adds to the name of the tensor: for each original and each tensor of its own.
+HOOK_SUFFIXES: Mapping[str, Mapping[str, str]] = {
+    WEIGHT_NORM: {"original0": "_g", "original1": "_v"},
+    SPECTRAL_NORM: {"original": "_orig", "_u": "_u", "_v": "_v"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +123,36 @@ class ParametrizedRecord:
         """Dotted name of the parametrized tensor, such as ``"layers.0.weight"``."""
         return join(self.module, self.tensor_name)
 
+    @property
+    def hooked(self) -> bool:
+        """Whether it had an older hook of torch, and its tensors have the names of that."""
+        return HOOK in self.originals.values()
+
     def original_key(self, name: str) -> str:
         """Key of an unconstrained tensor, the one torch's ``state_dict`` gives it."""
-        return join(self.module, "parametrizations", self.tensor_name, name)
+        return join(self.module, self.local_original_key(name))
 
     def link_key(self, index: int, role: str) -> str:
         """Key of a tensor of the parametrization at ``index``: torch's in a ``state_dict`` where it is stored dense."""
-        return join(self.module, self._link_key(index, role))
+        return join(self.module, self.local_link_key(index, role))
 
-    def _link_key(self, index: int, role: str) -> str:
+    def local_original_key(self, name: str) -> str:
+        """Key of an unconstrained tensor within the module."""
+        if self.originals.get(name) == HOOK:
+            return f"{self.tensor_name}{HOOK_SUFFIXES[self.chain[0].kind][name]}"
+        return join("parametrizations", self.tensor_name, name)
+
+    def local_link_key(self, index: int, role: str) -> str:
+        """Key of a tensor of the parametrization at ``index`` within the module."""
+        encoding = self.chain[index].tensors.get(role, DENSE)
+        if encoding == HOOK:
+            return f"{self.tensor_name}{HOOK_SUFFIXES[self.chain[index].kind][role]}"
         key = join("parametrizations", self.tensor_name, str(index), role)
-        return key if self.chain[index].tensors.get(role, DENSE) == DENSE else f"{key}.{COLUMNS}"
+        return f"{key}.{COLUMNS}" if encoding == COLUMNS else key
 
     def alias_keys(self, index: int, role: str) -> set[str]:
-        """The same key under the other paths of the module."""
-        return {join(path, self._link_key(index, role)) for path in self.aliases}
+        """Key of a tensor of the parametrization at ``index`` under the other paths of the module."""
+        return {join(path, self.local_link_key(index, role)) for path in self.aliases}
 
     def columns(self) -> list[tuple[int, str]]:
         """Link and role of its tensors that are stored as columns."""
@@ -259,6 +286,16 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def class_name(cls: type) -> str:
+    """How a file records a class that it does not know by a kind: ``module:qualname``."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def qualname_of(recorded: str) -> str:
+    """The part of :func:`class_name` that is compared: the module changes when a script is imported instead of run."""
+    return recorded.partition(":")[2]
+
+
 def check_references(manifest: Manifest, where: str) -> None:
     """Hold the parts of a manifest to each other.
 
@@ -283,6 +320,9 @@ def check_references(manifest: Manifest, where: str) -> None:
         if record.name in seen:
             raise FileFormatError(f"{where}: {record.name!r} stands twice among the parametrized tensors")
         seen.add(record.name)
+        odd = _odd_hook(record)
+        if odd is not None:
+            raise FileFormatError(f"{where}: {record.name}: {odd}")
         for key in record.tensor_keys():
             if key not in manifest:
                 raise FileFormatError(f"{where}: {record.name}: the file holds no tensor {key!r}")
@@ -308,6 +348,18 @@ def _check_training(manifest: Manifest, where: str) -> None:
     stray = next((key for key in sorted(model_keys) if key.startswith(PREFIX)), None)
     if stray is not None:
         raise FileFormatError(f"{where}: {stray!r} has the form of a key of training state, and is none")
+
+
+def _odd_hook(record: ParametrizedRecord) -> str | None:
+    """What is wrong with a tensor that is said to have had a hook."""
+    encodings = [*record.originals.values(), *(how for link in record.chain for how in link.tensors.values())]
+    if HOOK not in encodings:
+        return None
+    suffixes = HOOK_SUFFIXES.get(record.chain[0].kind, {})
+    parts = [*record.originals, *record.chain[0].tensors]
+    if len(record.chain) > 1 or set(encodings) != {HOOK} or set(parts) != set(suffixes):
+        return "expected all the tensors of one parametrization that has a hook, and no other"
+    return None
 
 
 def _odd_columns(record: ParametrizedRecord, manifest: Manifest) -> str | None:

@@ -15,6 +15,7 @@ from orthoserde.manifest import (
     COLUMNS,
     DENSE,
     FORMAT_VERSION,
+    HOOK,
     OPAQUE,
     Manifest,
     ModuleRecord,
@@ -168,7 +169,7 @@ def _decode_parametrized(fields: _Fields) -> ParametrizedRecord:
         dtype=None if fields.peek("dtype") is None else fields.string("dtype"),
         parameter=fields.boolean("parameter"),
         unsafe=fields.boolean("unsafe"),
-        originals=_in_order(fields.encodings("originals", {DENSE})),
+        originals=_in_order(fields.encodings("originals", {DENSE, HOOK})),
         chain=tuple(
             _decode_link(_Fields(item, fields.where, f"{fields.path}.chain[{i}]"))
             for i, item in enumerate(fields.sequence("chain"))
@@ -197,7 +198,7 @@ def _decode_link(fields: _Fields) -> ParametrizationRecord:
     class_name = None if fields.peek("class") is None else fields.string("class")
     config = None if fields.peek("config") is None else fields.mapping("config")
     link = ParametrizationRecord(
-        kind, fields.version(), config, class_name, fields.encodings("tensors", {DENSE, COLUMNS})
+        kind, fields.version(), config, class_name, fields.encodings("tensors", {DENSE, COLUMNS, HOOK})
     )
     fields.drop("class", "config")
     fields.finish()

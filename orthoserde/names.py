@@ -1,4 +1,8 @@
-"""Keys of the parts of parametrized tensors: ``path.parametrizations.tensor`` and what follows."""
+"""Keys of the parts of parametrized tensors: ``path.parametrizations.tensor`` and what follows.
+
+The parts of a tensor that an older hook of torch computes have no prefix in common. They are given one, which no key
+begins with.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,24 @@ def tensor_names(path: str, aliases: Iterable[str], tensor_name: str) -> list[st
 
 
 def prefixes_of(tensor: ParametrizedTensor) -> list[str]:
-    """What the keys of its parts begin with, for each path of its module."""
-    return tensor_names(tensor.module_path, tensor.aliases, f"parametrizations.{tensor.tensor_name}")
+    """What the keys of its parts begin with, or stand under, for each path of its module."""
+    name = f"{tensor.tensor_name}\0hook" if tensor.hook_names else f"parametrizations.{tensor.tensor_name}"
+    return tensor_names(tensor.module_path, tensor.aliases, name)
+
+
+def hook_prefixes(hooked: Iterable[ParametrizedTensor]) -> dict[str, str]:
+    """What the parts of hooked tensors stand under, by key, for each path of their modules."""
+    return {
+        join(path, name): prefix
+        for tensor in hooked
+        for path, prefix in zip((tensor.module_path, *tensor.aliases), prefixes_of(tensor), strict=True)
+        for name in tensor.hook_names.values()
+    }
 
 
 def original_keys(tensor: ParametrizedTensor) -> list[str]:
     """Keys of its originals, under the first path of its module."""
-    return [join(tensor.prefix, name) for name in tensor.originals]
+    return [tensor.key(name) for name in tensor.originals]
 
 
 def prefixes_in(key: str) -> list[str]:
@@ -29,11 +44,11 @@ def prefixes_in(key: str) -> list[str]:
     return [".".join(parts[: i + 2]) for i in range(len(parts) - 2) if parts[i] == "parametrizations"]
 
 
-def parts_by_prefix(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Keys of the parts of each parametrized tensor, by what they begin with."""
+def parts_by_prefix(keys: Iterable[str], hooked: Mapping[str, str]) -> dict[str, list[str]]:
+    """Keys of the parts of each parametrized tensor, by what they begin with, or stand under in ``hooked``."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        for prefix in prefixes_in(key):
+        for prefix in [hooked[key]] if key in hooked else prefixes_in(key):
             found.setdefault(prefix, []).append(key)
     return found
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 
 from orthoserde import json_values
 from orthoserde.json_values import JSON
-from orthoserde.manifest import COLUMNS, OPAQUE, Manifest, ParametrizationRecord, ParametrizedRecord, TensorRecord, join
+from orthoserde.manifest import (
+    COLUMNS,
+    HOOK,
+    OPAQUE,
+    Manifest,
+    ParametrizationRecord,
+    ParametrizedRecord,
+    TensorRecord,
+)
 
 #: Levels of a tree; what a name has beyond them stays one name. The files of strangers may have thousands.
 MAX_LEVELS = 24
@@ -95,7 +103,7 @@ def outline(manifest: Manifest, *, join_alike: bool = True) -> Branch:
             root.at(path).leaves.append(
                 dataclasses.replace(leaf, sort="tied", nbytes=0, links=(), note=f"= {record.name}")
             )
-            inside |= {join(path, key.removeprefix(record.module).lstrip(".")) for key in record.tensor_keys()}
+            inside.update(dataclasses.replace(record, module=path).tensor_keys())
     computed = set(manifest.computed)
     for key, tensor in manifest.tensors.items():
         if key not in inside:
@@ -157,6 +165,7 @@ def _link(link: ParametrizationRecord) -> str:
     version = "" if link.version == 1 else f" (version {link.version})"
     compact = [role for role, encoding in sorted(link.tensors.items()) if encoding == COLUMNS]
     stored = f"; stored as columns: {', '.join(compact)}" if compact else ""
+    stored += "; under the keys of torch's older hook" if HOOK in link.tensors.values() else ""
     return f"{link.kind}{version}: {in_words(link.config)}{stored}"
 
 

@@ -18,6 +18,7 @@ from orthoserde import _torch, audit
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, OrthoserdeError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
+from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
 from orthoserde.reports import printable
 from orthoserde.storage.atomic import replacing
@@ -129,8 +130,8 @@ def _rows(checkpoint: Checkpoint, registry: Registry) -> tuple[list[_Row], dict[
                 left_out[record.name] = f"a picture shows {MOST_TENSORS}"
                 continue
             try:
-                weight = audit.computed_weight(expanded, record, registry)
-            except (audit.NotMeasured, audit.Misfit) as reason:
+                weight = audit.stored_weight(expanded, record, registry)
+            except (NotComputable, Misfit) as reason:
                 left_out[record.name] = str(reason)
                 continue
             orthogonal = record.chain[-1].kind in (ORTHOGONAL, STRUCTURED)

@@ -54,6 +54,41 @@ def register_given(
     return undo
 
 
+def unregister(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Take the parametrizations off a tensor of a module, and leave a plain tensor with these elements.
+
+    A single original becomes the plain tensor: the same Parameter object, so that an optimizer that holds it goes on
+    with it. Its gradient, which is one of other coordinates, goes.
+
+    Args:
+        module: The module.
+        name: Name of the tensor.
+        weight: The elements, in memory that nothing else uses.
+    """
+    parametrized = _torch.parametrization_lists(module)[name]
+    held = {**_torch.own_buffers(parametrized), **_torch.own_parameters(parametrized)}
+    originals = [tensor for each in _torch.original_names(parametrized) if (tensor := held[each]) is not None]
+    parameter = all(isinstance(original, nn.Parameter) for original in originals)
+    if len(originals) == 1 and originals[0].dtype == weight.dtype:
+        plain = originals[0]
+        plain.grad = None
+        plain.data = weight
+    elif parameter:
+        plain = nn.Parameter(weight, requires_grad=any(original.requires_grad for original in originals))
+    else:
+        plain = weight
+    lists = cast("nn.ModuleDict", _torch.child_modules(module)["parametrizations"])
+    delattr(type(module), name)
+    del lists[name]
+    if parameter:
+        module.register_parameter(name, cast("nn.Parameter", plain))
+    else:
+        module.register_buffer(name, plain)
+    if not len(lists):
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+
+
 class _Given(nn.Module):
     """Stands in while torch registers a parametrization, and hands it the originals instead of computing them."""
 

@@ -287,6 +287,28 @@ class CanonicalizeReport:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class BakeReport:
+    """What ``bake_`` did.
+
+    Attributes:
+        tensors: What each plain tensor was computed by, in words, by name.
+        parameters_replaced: Names of those that are new Parameter objects, which an earlier optimizer does not hold.
+    """
+
+    tensors: Mapping[str, str]
+    parameters_replaced: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"baked {len(self.tensors)} tensors: they are plain now"]
+        lines += [f"  {name}: {what}" for name, what in list(self.tensors.items())[:SHOWN]]
+        if len(self.tensors) > SHOWN:
+            lines.append(f"  ... and {len(self.tensors) - SHOWN} more (see the tensors attribute)")
+        if self.parameters_replaced:
+            lines.append(f"  new parameters: {shorten(self.parameters_replaced)}; build the optimizer anew")
+        return "\n".join(lines)
+
+
 class Severity(enum.IntEnum):
     """How bad a finding is; a larger value is worse.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -100,6 +101,25 @@ class TrainingRecord:
     def rng_keys(self) -> list[str]:
         """Keys of the states of the random generators."""
         return list(keys_in(self.rng, "manifest.training.rng"))
+
+    def renamed(self, keys: Mapping[str, str]) -> TrainingRecord:
+        """The same of parameters that have other keys.
+
+        Args:
+            keys: Their new keys by old ones.
+        """
+        optimizers = {
+            label: dataclasses.replace(
+                record,
+                groups=tuple(
+                    dataclasses.replace(group, parameters=tuple(keys.get(key, key) for key in group.parameters))
+                    for group in record.groups
+                ),
+                state={keys.get(key, key): value for key, value in record.state.items()},
+            )
+            for label, record in self.optimizers.items()
+        }
+        return dataclasses.replace(self, optimizers=optimizers)
 
     def __str__(self) -> str:
         parts = [

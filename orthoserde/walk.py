@@ -7,7 +7,7 @@ The walk looks at what is registered on each module. It evaluates no parametriza
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from orthoserde import _torch
 from orthoserde.errors import Problem, UnsupportedModuleError
 from orthoserde.manifest import join
+from orthoserde.parametrizations.hooks import hooked_weights
 from orthoserde.tensor_bytes import DTYPES, dtype_name
 
 
@@ -32,6 +33,8 @@ class ParametrizedTensor:
         parameter: Whether it is an ``nn.Parameter`` that is parametrized (else a buffer).
         unsafe: Whether it was registered with ``unsafe=True``.
         aliases: Other paths under which the same module object stands in the model.
+        hook_names: Where an older hook of torch computes the tensor instead of parametrizations: names in the module of
+            its tensors, by ``original...`` and ``0.role``.
     """
 
     module_path: str
@@ -42,6 +45,7 @@ class ParametrizedTensor:
     parameter: bool
     unsafe: bool
     aliases: tuple[str, ...] = ()
+    hook_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -52,6 +56,10 @@ class ParametrizedTensor:
     def prefix(self) -> str:
         """What the keys of its originals and parametrizations begin with."""
         return join(self.module_path, "parametrizations", self.tensor_name)
+
+    def key(self, part: str) -> str:
+        """Key of one of its tensors, ``original...`` or ``0.role``, under the first path of its module."""
+        return join(self.module_path, self.hook_names[part]) if self.hook_names else join(self.prefix, part)
 
     def __repr__(self) -> str:
         classes = ", ".join(type(parametrization).__name__ for parametrization in self.parametrizations)
@@ -85,6 +93,7 @@ class Inventory:
         modules: Every module by path; a shared one stands under each of its paths.
         slots: Every tensor slot by key; a shared one stands under each of its keys.
         parametrized: Every parametrized tensor, once.
+        hooked: Every tensor that an older hook of torch computes, once, as if it were parametrized.
         transient: Non-persistent buffers by key; they are in no checkpoint.
         problems: What cannot be saved or restored without losing something.
     """
@@ -92,6 +101,7 @@ class Inventory:
     modules: Mapping[str, nn.Module]
     slots: Mapping[str, Slot]
     parametrized: tuple[ParametrizedTensor, ...]
+    hooked: tuple[ParametrizedTensor, ...]
     transient: Mapping[str, Tensor]
     problems: tuple[Problem, ...]
 
@@ -146,9 +156,12 @@ def take_inventory(model: nn.Module, prefix: str = "") -> Inventory:
     parametrized = tuple(
         record for path, module in first.items() for record in _records_of(module, path, tuple(paths[id(module)][1:]))
     )
+    hooked = tuple(
+        record for path, module in first.items() for record in _hooked_of(module, path, tuple(paths[id(module)][1:]))
+    )
     problems = [problem for path, module in first.items() for problem in _module_problems(path, module)]
     problems += [problem for slot in slots.values() for problem in _tensor_problems(slot)]
-    return Inventory(modules, slots, parametrized, transient, tuple(problems))
+    return Inventory(modules, slots, parametrized, hooked, transient, tuple(problems))
 
 
 def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -214,6 +227,21 @@ def _records_of(module: nn.Module, path: str, aliases: tuple[str, ...]) -> Itera
             parameter=all(name in registered for name in names),
             unsafe=bool(parametrized.unsafe),
             aliases=aliases,
+        )
+
+
+def _hooked_of(module: nn.Module, path: str, aliases: tuple[str, ...]) -> Iterator[ParametrizedTensor]:
+    for weight in hooked_weights(module):
+        yield ParametrizedTensor(
+            module_path=path,
+            tensor_name=weight.tensor_name,
+            module=module,
+            parametrizations=(weight.parametrization,),
+            originals=weight.originals,
+            parameter=True,
+            unsafe=False,
+            aliases=aliases,
+            hook_names=weight.names,
         )
 
 

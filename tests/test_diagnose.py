@@ -489,6 +489,58 @@ def test_moments_that_are_not_finite_are_found() -> None:
     assert original_of(model).isnan().any()
 
 
+class Duck:
+    """An optimizer that derives from nothing of torch, as those of some libraries do."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("param_groups", "state", "state_dict", "load_state_dict", "step", "zero_grad"):
+            return getattr(self.optimizer, name)
+        raise AttributeError(name)
+
+
+def accelerated(optimizer: Optimizer) -> Any:
+    """In a class that is called as accelerate's wrapper is."""
+    names = {"__module__": "accelerate.optimizer", "__qualname__": "AcceleratedOptimizer"}
+    return type("AcceleratedOptimizer", (Duck,), names)(optimizer)
+
+
+@pytest.mark.parametrize(("wrap", "name"), [(Duck, "Duck"), (accelerated, "AdamW")])
+def test_what_a_save_takes_for_an_optimizer_a_diagnosis_takes_too(
+    wrap: Callable[[Optimizer], Any], name: str, tmp_path: Path
+) -> None:
+    model = householder()
+    made = wrap(AdamW(model.parameters()))
+    for given, label in ((made, name), ([made], f"optimizer 0 ({name})"), ({"all": made}, "optimizer 'all'")):
+        (found,) = diagnose(model, given)
+        assert found.code == "weight-decay-householder"
+        assert found.text.startswith(f"{label} decays its original (weight_decay 0.01")
+    with pytest.warns(TrainingTrapWarning, match=f"SERIOUS weight: {name} decays its original"):
+        orthoserde.save(model, tmp_path / "model", optimizer=made)
+    with pytest.warns(TrainingTrapWarning, match=f"SERIOUS weight: {name} decays its original"):
+        orthoserde.load(model, tmp_path / "model", optimizer=made)
+
+
+def test_a_wrapper_of_what_is_no_trap_is_saved_loaded_and_not_warned_of(tmp_path: Path) -> None:
+    model = householder()
+    made: Any = Duck(Adam(model.parameters()))
+    train(model, made)
+    assert diagnose(model, made) == []
+    orthoserde.save(model, tmp_path / "model", optimizer=made)
+    again: Any = Duck(Adam(model.parameters()))
+    orthoserde.load(model, tmp_path / "model", optimizer=again)
+    original = original_of(model)
+    assert torch.equal(again.state[original]["exp_avg"], made.state[original]["exp_avg"])
+
+
+def test_muon_in_a_wrapper_of_accelerate_is_still_muon() -> None:
+    model = orthogonal(nn.Linear(8, 4, bias=False))
+    muon = type("Muon", (SGD,), {})(model.parameters(), lr=0.02)
+    assert codes(diagnose(model, accelerated(muon))) == [("weight", "optimizer-turns-householder", Severity.SERIOUS)]
+
+
 @pytest.mark.parametrize("wrong", [3, "adam", [1], {"a": None}, True])
 def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer"):
@@ -680,10 +732,11 @@ def test_a_save_with_its_optimizer_warns_of_what_that_will_do(wait: bool | None,
     save = functools.partial(orthoserde.save, model, tmp_path / "m")
     if wait is not None:
         save = functools.partial(checkpoints.save, 1, model, wait=wait)
-    with pytest.warns(TrainingTrapWarning, match="weight_decay 0.01") as caught:
+    said = r"SERIOUS weight: AdamW decays its original \(weight_decay 0.01"
+    with pytest.warns(TrainingTrapWarning, match=said) as caught:
         save(optimizer=decaying)
     assert [Path(each.filename).name for each in caught] == ["test_diagnose.py"]
     if wait is None:
-        with pytest.warns(TrainingTrapWarning, match="weight_decay 0.01"):
+        with pytest.warns(TrainingTrapWarning, match=said):
             orthoserde.load(model, tmp_path / "m", optimizer=decaying)
     checkpoints.close()

@@ -33,6 +33,7 @@ SIGNATURES = {
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
     "diagnose": "(model, optimizer=None)",
+    "bake_": "(model, *, registry=None)",
     "canonicalize_": "(model, *, optimizer=None, reset_state=False)",
     "Checkpoints": "(folder, *, keep=3, mode='min', prefix='step')",
     "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True, structured=False)",

@@ -9,7 +9,7 @@ from rich.text import Text
 from orthoserde import outline
 from orthoserde.cli.layout import Row, heading, listed, pair, sections, table
 from orthoserde.cli.terminal import Guides
-from orthoserde.manifest import Manifest
+from orthoserde.manifest import Manifest, qualname_of
 from orthoserde.outline import Branch, Leaf
 
 #: Rows of a tree, unless all are asked for.
@@ -115,11 +115,11 @@ def _training(manifest: Manifest, width: int) -> list[Text]:
     lines += pair("tensors", f"{len(manifest.training_keys):,} stored, {nbytes:,} bytes", width)
     for label, optimizer in training.optimizers.items():
         count = sum(len(group.parameters) for group in optimizer.groups)
-        name = optimizer.class_name.rpartition(":")[2]
+        name = qualname_of(optimizer.class_name)
         text = f"{name}, groups: {len(optimizer.groups)}, parameters: {count:,}"
         lines += pair("optimizer", f"{label}: {text}" if label else text, width)
     for name, entry in training.state.items():
-        what = "a value" if entry.class_name is None else entry.class_name.rpartition(":")[2]
+        what = "a value" if entry.class_name is None else qualname_of(entry.class_name)
         lines += pair("state", f"{name}: {what}", width)
     if training.rng is not None:
         lines += pair("generators", "of torch, Python and NumPy", width)

@@ -12,8 +12,9 @@ from orthoserde.comparison.report import PLAIN, Pair, TensorDifference
 from orthoserde.distances import Distance
 from orthoserde.json_values import JSON, differences
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED, ParametrizedRecord, TensorRecord, join
+from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
-from orthoserde.transforms import expand, unstructure
+from orthoserde.transforms import expand, to_parametrizations, unstructure
 
 _ORTHONORMAL = frozenset({ORTHOGONAL, STRUCTURED})
 
@@ -22,7 +23,7 @@ class Side:
     """One of the two checkpoints, its tensors by the names that modules have for them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.whole = expand(unstructure(checkpoint))
+        self.whole = expand(unstructure(to_parametrizations(checkpoint)))
         manifest = self.whole.manifest
         self.has_configuration = manifest.has_configuration
         self.records = {record.name: record for record in manifest.parametrized}
@@ -56,17 +57,18 @@ class Side:
         return self.whole.sources[self.whole.manifest.kept_key(key)]
 
     def value(self, name: str, registry: Registry) -> Tensor:
-        """The tensor that a name stands for; raises as ``audit.computed_weight`` does."""
+        """The tensor that a name stands for; raises as ``audit.stored_weight`` does."""
         record = self.records.get(name)
         if record is None:
             return self.whole.tensor(name)
-        return audit.computed_weight(self.whole, record, registry)
+        return audit.stored_weight(self.whole, record, registry)
 
 
 def _under_aliases(record: ParametrizedRecord) -> set[str]:
     links = [record.alias_keys(i, role) for i, link in enumerate(record.chain) for role in link.tensors]
-    prefixes = [join(path, "parametrizations", record.tensor_name) for path in record.aliases]
-    return set().union(*links) | {f"{prefix}.{name}" for prefix in prefixes for name in record.originals}
+    return set().union(*links) | {
+        join(path, record.local_original_key(name)) for path in record.aliases for name in record.originals
+    }
 
 
 def compare(one: Side, two: Side, name: str, registry: Registry) -> TensorDifference | None:
@@ -91,7 +93,7 @@ def compare(one: Side, two: Side, name: str, registry: Registry) -> TensorDiffer
         return TensorDifference(name, kinds, shapes, dtypes, settings, state, not_compared=text)
     try:
         left, right = one.value(name, registry), two.value(name, registry)
-    except (audit.NotMeasured, audit.Misfit) as reason:
+    except (NotComputable, Misfit) as reason:
         return TensorDifference(name, kinds, shapes, dtypes, settings, state, not_compared=str(reason))
     if left.shape != right.shape:
         return TensorDifference(name, kinds, shapes, dtypes, settings, state, not_compared=_shapes_differ(False))

@@ -23,7 +23,6 @@ from orthoserde.metrics import Sink
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
 from orthoserde.scope import Select
-from orthoserde.training import labelled
 from orthoserde.traps import warn_of_traps
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ class Checkpoints:
         arguments["metadata"] = record.with_record(arguments.get("metadata"), own)
         self._check_place(own.step)
         prepared = prepare(model, **arguments)
-        warn_of_traps(model, labelled(arguments.get("optimizer")))
+        warn_of_traps(model, arguments.get("optimizer"))
         self._files.make_folder()
         if wait:
             return self._write(prepared, own.step)

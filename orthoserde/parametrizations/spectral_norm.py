@@ -13,6 +13,7 @@ from orthoserde import _torch
 from orthoserde.codec import own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
+from orthoserde.manifest import SPECTRAL_NORM
 
 #: More power iterations than anybody wants; a file that asks for more would only make training hang.
 MOST_ITERATIONS = 1_000_000
@@ -32,7 +33,7 @@ class SpectralNormCodec:
     """
 
     type = _torch.SpectralNormModule
-    kind = "torch>spectral_norm"
+    kind = SPECTRAL_NORM
     version = 1
 
     def config(self, parametrization: nn.Module) -> dict[str, JSON]:

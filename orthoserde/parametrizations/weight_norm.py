@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from orthoserde import _torch
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
+from orthoserde.manifest import WEIGHT_NORM
 
 
 class WeightNormCodec:
@@ -24,7 +25,7 @@ class WeightNormCodec:
     """
 
     type = _torch.WeightNormModule
-    kind = "torch>weight_norm"
+    kind = WEIGHT_NORM
     version = 1
 
     def config(self, parametrization: nn.Module) -> dict[str, JSON]:

@@ -17,6 +17,7 @@ from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity, LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
+from orthoserde.restore.baked import bake_bare
 from orthoserde.restore.check import check_bases, check_digests, check_ties
 from orthoserde.restore.forms import in_forms_of
 from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
@@ -53,8 +54,9 @@ def restore(
         raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with _torch.undisturbed():
         inventory = take_inventory(model)
-        forms = in_forms_of(checkpoint.without_training(), inventory, registry, verify=verify)
-        completed = complete_checkpoint(expand(forms.checkpoint), inventory, registry, legacy)
+        forms = in_forms_of(checkpoint, inventory, registry, verify=verify)
+        baked = bake_bare(forms.checkpoint.without_training(), inventory, registry, legacy)
+        completed = complete_checkpoint(expand(baked.checkpoint), inventory, registry, legacy)
         plan = make_plan(
             completed.checkpoint.manifest,
             inventory,
@@ -64,10 +66,11 @@ def restore(
             device=where,
             computed={name: weight.action for name, weight in completed.weights.items()},
         )
-        plan.problems[:0] = [*forms.problems, *completed.problems]
+        plan.problems[:0] = [*forms.problems, *baked.problems, *completed.problems]
         forms.note(plan)
+        baked.note(plan, inventory.slots)
         afresh = [outcome.name for outcome in plan.outcomes if outcome.fidelity is Fidelity.INFERENCE]
-        wanted = plan_training(checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
+        wanted = plan_training(forms.checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
         plan.problems += wanted.problems
         _refuse(checkpoint, model, plan, strict)
         if verify:
@@ -78,10 +81,11 @@ def restore(
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
         _refuse(checkpoint, model, plan, strict)
         _warn(checkpoint, completed)
+        baked.warn()
         wanted.read(checkpoint, verify=verify)
         digests = completed.checkpoint.manifest.digests if verify else {}
         apply(completed.checkpoint, plan, digests, wanted.apply)
-        _settle(plan)
+        _settle(plan, registry)
     wanted.finish()
     for outcome in plan.outcomes:
         if outcome.name in completed.weights:
@@ -100,13 +104,20 @@ def restore(
     )
 
 
-def _settle(plan: Plan) -> None:
-    """Let structured parametrizations work out what follows from their columns, which compiled code would not."""
+def _settle(plan: Plan, registry: Registry) -> None:
+    """Work out what follows from the state that was loaded.
+
+    Structured parametrizations would do it when they are first used, but compiled code does not; and modules with hooks
+    have the weight of their last forward as an attribute until the next one.
+    """
     for outcome in plan.outcomes:
-        chain = _torch.parametrization_lists(outcome.module)[outcome.tensor_name]
-        for link in map(_torch.unwrap, _torch.child_modules(chain).values()):
+        chain = _torch.parametrization_lists(outcome.module).get(outcome.tensor_name)
+        for link in () if chain is None else map(_torch.unwrap, _torch.child_modules(chain).values()):
             if isinstance(link, Orthogonal):
                 link.settle()
+        for tensor in take_inventory(outcome.module).hooked if chain is None else ():
+            if tensor.module is outcome.module and tensor.tensor_name in vars(outcome.module):
+                vars(outcome.module)[tensor.tensor_name] = evaluate.computed(tensor, registry)
 
 
 def _scope_notes(checkpoint: Checkpoint) -> list[str]:
@@ -229,7 +240,8 @@ def _report(outcome: Outcome, registry: Registry) -> TensorReport:
 
 
 def _residual(module: nn.Module, tensor_name: str, registry: Registry) -> float | None:
-    for tensor in take_inventory(module).parametrized:
+    inventory = take_inventory(module)
+    for tensor in (*inventory.parametrized, *inventory.hooked):
         if tensor.module is module and tensor.tensor_name == tensor_name:
             return evaluate.residual(tensor, registry)
     return None

@@ -12,7 +12,7 @@ from orthoserde import _torch
 from orthoserde.codec import Codec, current_config
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.json_values import JSON, differences
-from orthoserde.manifest import OPAQUE, Manifest, ModuleRecord, ParametrizationRecord, ParametrizedRecord
+from orthoserde.manifest import OPAQUE, Manifest, ModuleRecord, ParametrizationRecord, ParametrizedRecord, qualname_of
 from orthoserde.parametrizations import codec_for_kind, codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
@@ -85,8 +85,7 @@ def _compare_link(where: str, stored: ParametrizationRecord, link: nn.Module, re
     codec = codec_for_type(registry, cls)
     if stored.kind != OPAQUE:
         return _compare_config(where, stored.kind, stored.version, stored.config, codec, link)
-    # The module part of the name changes when a script is imported instead of run, so only the rest is compared.
-    saved_name = (stored.class_name or "").partition(":")[2]
+    saved_name = qualname_of(stored.class_name or "")
     if saved_name != cls.__qualname__:
         text = f"the file has the parametrization {saved_name}, the model {cls.__qualname__}"
         return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)

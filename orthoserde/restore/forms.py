@@ -1,4 +1,7 @@
-"""One state, two forms: torch's orthogonal parametrization in the file, structured in the model, or back."""
+"""One state, two forms: one in the file, the other in the model.
+
+Torch's orthogonal parametrization and the structured one; parametrizations of torch and its older hooks.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from dataclasses import dataclass
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import Problem
 from orthoserde.evaluate import codecs_of
-from orthoserde.manifest import ORTHOGONAL, STRUCTURED, ParametrizedRecord
+from orthoserde.manifest import ORTHOGONAL, SPECTRAL_NORM, STRUCTURED, ParametrizedRecord, join
 from orthoserde.names import tensor_names
 from orthoserde.registry import Registry
-from orthoserde.reports import RESTORED, Fidelity
+from orthoserde.reports import Fidelity
 from orthoserde.restore.check import check_digests
 from orthoserde.restore.plan import Plan
 from orthoserde.transforms import structure, unstructure
+from orthoserde.transforms.forms import NormedTensor, convert, normed_tensors
 from orthoserde.walk import Inventory
 
 _REASONS = {
@@ -26,26 +30,39 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
+class Converted:
+    """What is said of a tensor that has another form in the file.
+
+    Attributes:
+        fidelity: The best that can be said of it.
+        remark: How it was saved, and what differs.
+    """
+
+    fidelity: Fidelity
+    remark: str
+
+
+@dataclass(frozen=True)
 class Forms:
     """A checkpoint in the forms that the model has.
 
     Attributes:
         checkpoint: The checkpoint.
-        saved_as: Kind in the file of what has another form in the model, by name of the parametrized tensor.
+        converted: What has another form in the file, by name of the parametrized tensor.
         problems: What could not be brought into the model's form.
     """
 
     checkpoint: Checkpoint
-    saved_as: Mapping[str, str]
+    converted: Mapping[str, Converted]
     problems: tuple[Problem, ...]
 
     def note(self, plan: Plan) -> None:
-        """Say in the outcomes that the weights are the same but for rounding, and no more."""
+        """Say in the outcomes what was converted, and what follows from it."""
         for outcome in plan.outcomes:
-            kind = self.saved_as.get(outcome.name)
-            if kind is not None:
-                outcome.fidelity = min(outcome.fidelity, Fidelity.UNVERIFIED)
-                outcome.action = f"{RESTORED} from {kind}: the same state, whose weight rounds differently in this form"
+            converted = self.converted.get(outcome.name)
+            if converted is not None:
+                outcome.fidelity = min(outcome.fidelity, converted.fidelity)
+                outcome.action = f"{outcome.action}; {converted.remark}"
 
 
 def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, *, verify: bool) -> Forms:
@@ -60,6 +77,13 @@ def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry
     Raises:
         DamagedFileError: Bytes are not those that were saved.
     """
+    hooks = _in_hook_form_of(checkpoint, inventory, registry)
+    structured = _in_structured_form_of(hooks.checkpoint, inventory, registry, verify=verify)
+    return Forms(structured.checkpoint, {**hooks.converted, **structured.converted}, structured.problems)
+
+
+def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, *, verify: bool) -> Forms:
+    """Bring orthogonal tensors into the form that the model has."""
     records = {name: record for record in checkpoint.manifest.parametrized for name in _names(record)}
     wanted: dict[str, dict[str, str]] = {ORTHOGONAL: {}, STRUCTURED: {}}
     for tensor in inventory.parametrized:
@@ -81,8 +105,51 @@ def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry
         for name, stored in names_of_kind.items()
         if kinds[stored] != kind
     )
-    saved_as = dict.fromkeys(wanted[STRUCTURED], ORTHOGONAL) | dict.fromkeys(wanted[ORTHOGONAL], STRUCTURED)
-    return Forms(changed, saved_as, problems)
+    remark = "saved as {}: the same state, whose weight rounds differently in this form"
+    converted = {
+        name: Converted(Fidelity.UNVERIFIED, remark.format(STRUCTURED if kind == ORTHOGONAL else ORTHOGONAL))
+        for kind, names_of_kind in wanted.items()
+        for name in names_of_kind
+    }
+    return Forms(changed, converted, problems)
+
+
+def _in_hook_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry) -> Forms:
+    """Give tensors the keys of hooks where the model has hooks, and of parametrizations where it has these or none."""
+    saved = {name: tensor for tensor in normed_tensors(checkpoint.manifest) for name in _names_of(tensor)}
+    to: dict[bool, list[NormedTensor]] = {True: [], False: []}
+    converted: dict[str, Converted] = {}
+    unclaimed = {tensor.name: tensor for tensor in saved.values()}
+    for live in (*inventory.hooked, *inventory.parametrized):
+        names = tensor_names(live.module_path, live.aliases, live.tensor_name)
+        stored = next((saved[name] for name in names if name in saved), None)
+        codec = codecs_of(live, registry)[0]
+        if stored is None:
+            continue
+        unclaimed.pop(stored.name, None)
+        hooked = bool(live.hook_names)
+        if stored.hooked != hooked and len(live.parametrizations) == 1 and codec and codec.kind == stored.kind:
+            to[hooked].append(stored)
+            converted[live.name] = _as_converted(stored)
+    # What is bare in the model, of a file that says what it is of, gets its parametrization.
+    if checkpoint.manifest.has_configuration:
+        bare = [tensor for tensor in unclaimed.values() if tensor.hooked]
+        to[False] += bare
+        converted |= {tensor.name: _as_converted(tensor) for tensor in bare}
+    return Forms(convert(convert(checkpoint, to[True], hooked=True), to[False], hooked=False), converted, ())
+
+
+def _as_converted(tensor: NormedTensor) -> Converted:
+    saved_as = "a hook" if tensor.hooked else "a parametrization"
+    if tensor.kind == SPECTRAL_NORM:
+        # See Note [Power method] in orthoserde.parametrizations.hooks.
+        remark = "equal in evaluation; in training the power method goes on from the other of its two vectors"
+        return Converted(Fidelity.UNVERIFIED, f"saved with {saved_as}: {remark}")
+    return Converted(Fidelity.EXACT, f"saved with {saved_as}")
+
+
+def _names_of(tensor: NormedTensor) -> list[str]:
+    return [join(path, tensor.tensor_name) for path in tensor.paths]
 
 
 def _names(record: ParametrizedRecord) -> list[str]:

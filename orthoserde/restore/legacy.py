@@ -20,10 +20,11 @@ from orthoserde.codec import Codec
 from orthoserde.errors import ConfigError, DamagedFileError, Problem
 from orthoserde.evaluate import codecs_of
 from orthoserde.json_values import JSON
-from orthoserde.manifest import TensorRecord, join
-from orthoserde.names import parts_by_prefix, prefixes_of, tensor_names
+from orthoserde.manifest import TensorRecord
+from orthoserde.names import hook_prefixes, parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import DTYPES, Digest, digest_of, dtype_name, is_lossless
+from orthoserde.transforms.rewriting import keep_aliases
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 
 #: What to do with computed weights: take them, refuse them, or take damaged ones too, projected or as they are.
@@ -143,12 +144,12 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
     recorded: set[str] = set()
     for stored in manifest.parametrized:
         recorded.update(tensor_names(stored.module, stored.aliases, stored.tensor_name))
-    present = parts_by_prefix([*manifest.tensors, *manifest.aliases]).keys()
+    present = parts_by_prefix([*manifest.tensors, *manifest.aliases], hook_prefixes(inventory.hooked)).keys()
     tensors, aliases = dict(manifest.tensors), dict(manifest.aliases)
     sources = dict(checkpoint.sources)
     weights: dict[str, ComputedWeight] = {}
     problems: list[Problem] = []
-    for tensor in inventory.parametrized:
+    for tensor in (*inventory.parametrized, *inventory.hooked):
         names = tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)
         keys = [name for name in names if name in manifest and name not in inventory.slots]
         if not keys or recorded.intersection(names) or not present.isdisjoint(prefixes_of(tensor)):
@@ -168,12 +169,7 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
             aliases.pop(key, None)
     if not weights:
         return Completed(checkpoint, weights, tuple(problems))
-    # A tensor that was stored under a name which is now taken apart may still be wanted under its other names.
-    for alias, kept in list(aliases.items()):
-        if kept not in tensors:
-            del aliases[alias]
-            tensors.setdefault(alias, manifest.tensors[kept])
-            sources.setdefault(alias, checkpoint.sources[kept])
+    keep_aliases(checkpoint, tensors, aliases, sources)
     completed = dataclasses.replace(manifest, tensors=tensors, aliases=aliases)
     return Completed(dataclasses.replace(checkpoint, manifest=completed, sources=sources), weights, tuple(problems))
 
@@ -210,14 +206,14 @@ def _computed_weight(
 def _wanted(tensor: ParametrizedTensor, found: ComputedWeight) -> Iterator[tuple[str, str, TensorRecord]]:
     """Key, role and record of every tensor that the model has, or has None in the place of."""
     for role, original in tensor.originals.items():
-        yield join(tensor.prefix, role), role, _record(original, found, parameter=tensor.parameter)
+        yield tensor.key(role), role, _record(original, found, parameter=tensor.parameter)
     for role, slot in take_inventory(tensor.parametrizations[0]).slots.items():
         like = slot.tensor
         if like is None:
             meta = torch.empty(found.record.shape, dtype=found.dtype, device="meta")
             like = found.codec.from_weight(meta, found.config).get(role)
         if like is not None:
-            yield join(tensor.prefix, "0", role), role, _record(like, found, parameter=slot.parameter)
+            yield tensor.key(f"0.{role}"), role, _record(like, found, parameter=slot.parameter)
 
 
 def _record(like: Tensor, found: ComputedWeight, parameter: bool) -> TensorRecord:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthoserde import _torch
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
-from orthoserde.names import local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
+from orthoserde.names import hook_prefixes, local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
 from orthoserde.registry import Registry
 from orthoserde.reports import RESTORED, Fidelity, shorten
 from orthoserde.restore.attach import Attachment, build_links
@@ -66,8 +66,9 @@ class _Planner:
         self.transient: dict[str, Tensor] = {}
         self.slots: dict[str, Slot] = {}
         self.paths: dict[int, list[str]] = {}
-        self.file_parts = parts_by_prefix([*manifest.tensors, *manifest.aliases])
-        self.model_parts = parts_by_prefix(inventory.slots)
+        self.hook_prefixes = hook_prefixes(inventory.hooked)
+        self.file_parts = parts_by_prefix([*manifest.tensors, *manifest.aliases], self.hook_prefixes)
+        self.model_parts = parts_by_prefix(inventory.slots, self.hook_prefixes)
         self.owners: dict[str, Owner] = {}
         self.fresh: set[int] = set()
         self.attached: dict[tuple[int, str], str] = {}
@@ -84,7 +85,8 @@ class _Planner:
     def _take(self, inventory: Inventory) -> None:
         """Lay what a model, or a part that will be attached to it, holds on the table."""
         self.modules |= inventory.modules
-        self.live |= {(id(tensor.module), tensor.tensor_name): tensor for tensor in inventory.parametrized}
+        for tensor in (*inventory.parametrized, *inventory.hooked):
+            self.live[id(tensor.module), tensor.tensor_name] = tensor
         self.transient |= inventory.transient
         self.slots |= inventory.slots
         for path, module in inventory.modules.items():
@@ -157,7 +159,8 @@ class _Planner:
         if not reparametrize:
             self.plan.mismatch(
                 record.name,
-                f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, or let load do it",
+                f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, let load "
+                "do it, or bake the file",
             )
             self._settle([*plain_keys, *prefixes])
             return
@@ -239,7 +242,7 @@ class _Planner:
         prefixes = prefixes_of(tensor)
         plain = tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)
         if any(prefix in self.file_parts for prefix in prefixes):
-            if self.manifest.has_configuration:
+            if self.manifest.has_configuration and not tensor.hook_names:
                 self.plan.mismatch(tensor.name, "the file has its tensors, but no record of its parametrization")
                 self._settle(prefixes)
             else:
@@ -252,7 +255,7 @@ class _Planner:
         self.plan.outcomes.append(outcome)
         first = next(iter(tensor.originals.values()), None)
         if first is not None:
-            key = join(prefixes_of(tensor)[0], next(iter(tensor.originals)))
+            key = tensor.key(next(iter(tensor.originals)))
             stored = self._stored(key).dtype if key in self.manifest else None
             for prefix in prefixes_of(tensor):
                 self.owners[prefix] = Owner(outcome, first.device, first.dtype, stored)
@@ -364,7 +367,8 @@ class _Planner:
                     )
 
     def _owner_of(self, key: str) -> Owner | None:
-        return next((self.owners[prefix] for prefix in reversed(prefixes_in(key)) if prefix in self.owners), None)
+        prefixes = [*prefixes_in(key), self.hook_prefixes.get(key, "")]
+        return next((self.owners[prefix] for prefix in reversed(prefixes) if prefix in self.owners), None)
 
     def _place_for(self, owner: Owner) -> torch.device:
         return self.device if owner.device.type == "meta" else owner.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orthoserde.errors import FileFormatError, Problem
-from orthoserde.manifest import Manifest
+from orthoserde.manifest import Manifest, qualname_of
 from orthoserde.reports import shorten
 from orthoserde.state_tree import decode_tree, keys_in
 from orthoserde.tensor_bytes import DTYPES
@@ -52,7 +52,7 @@ class Wanted:
         for key, parameter in self.parameters.items():
             self._keys.setdefault(id(parameter), []).append(key)
 
-    def name_of(self, parameter: Tensor, known: Mapping[str, object]) -> str | None:
+    def name_of(self, parameter: Tensor, known: Collection[str]) -> str | None:
         """What the file calls a parameter, or would; None if the model does not have it."""
         keys = [self.manifest.kept_key(key) for key in self._keys.get(id(parameter), ())]
         return next((key for key in keys if key in known), keys[0] if keys else None)
@@ -85,6 +85,7 @@ class OptimizerPlan:
         optimizer: The optimizer.
         record: What the file has.
         numbers: By name in the file, the number and parameter of this optimizer.
+        own_groups: Its groups as its ``state_dict`` has them.
         groups: For each of its groups, that of the file, None where all of it starts afresh.
         same_dtype: Names of the parameters that have the dtype with which they were saved.
         whole: Whether state that belongs to no parameter is loaded too, which it is unless all starts afresh.
@@ -94,6 +95,7 @@ class OptimizerPlan:
     optimizer: Optimizer
     record: OptimizerRecord
     numbers: dict[str, tuple[int, Tensor]]
+    own_groups: list[dict[str, Any]]
     groups: list[GroupRecord | None]
     same_dtype: frozenset[str]
     whole: bool
@@ -114,9 +116,8 @@ class OptimizerPlan:
     def decode(self, tensor: GetTensor) -> None:
         """Make the state that its ``load_state_dict`` will be given."""
         where = place_of(self.label)
-        own = cast("Mapping[str, Any]", self.optimizer.state_dict())
         groups = []
-        for group, stored in zip(own["param_groups"], self.groups, strict=True):
+        for group, stored in zip(self.own_groups, self.groups, strict=True):
             options = {} if stored is None else _mapping(decode_tree(stored.options, where, tensor), where)
             groups.append({**group, **options, "params": group["params"]})
         state: dict[Any, object] = {
@@ -184,45 +185,17 @@ def match_optimizer(
     def mismatch(text: str) -> None:
         problems.append(Problem(where, "mismatch", text))
 
-    theirs, ours = record.class_name.partition(":")[2], type(optimizer).__qualname__
+    theirs, ours = qualname_of(record.class_name), type(optimizer).__qualname__
     if theirs != ours:
         mismatch(f"a {theirs} in the file, a {ours} here")
-    by_name = {name: i for i, group in enumerate(record.groups) for name in group.parameters}
-    numbers: dict[str, tuple[int, Tensor]] = {}
-    charts: dict[str, None] = {}
-    own_groups: list[set[str]] = []
-    seen: set[str] = set()
-    reverse = {id(parameter): number for number, parameter in numbered(optimizer, optimizer.state_dict()).items()}
-    for i, group in enumerate(optimizer.param_groups):
-        own_groups.append(set())
-        for j, parameter in enumerate(group["params"]):
-            name = wanted.name_of(parameter, by_name)
-            if name is None:
-                mismatch(
-                    f"number {j} of group {i}, of shape {list(parameter.shape)}, is no parameter of the model, or no "
-                    "longer after this load; make the optimizer from the model's parameters, if need be after the load"
-                )
-            elif name in seen:
-                mismatch(f"two parameters here are {name} in the file, which is one; tie them as they were saved")
-            else:
-                seen.add(name)
-                own_groups[-1].add(name)
-                chart = None if wanted.is_reset(name) else wanted.chart_of(name)
-                if chart is not None:
-                    charts[chart] = None
-                elif not wanted.is_reset(name):
-                    numbers[name] = (reverse[id(parameter)], parameter)
-    for chart in charts:
-        mismatch(
-            f"the file has the computed weight of {chart} alone, so that its state belongs to other coordinates; start "
-            f"it afresh with reset=[{chart!r}]"
-        )
-    for name in by_name:
-        wanted.is_reset(name)  # a name that only the file has is a name to reset too
-    afresh = {name for name in (*seen, *by_name) if wanted.is_reset(name) or wanted.chart_of(name) is not None}
+    state_dict = cast("Mapping[str, Any]", optimizer.state_dict())
+    theirs_all = {name for group in record.groups for name in group.parameters}
+    paired, own_groups = _paired(optimizer, state_dict, theirs_all, wanted, mismatch)
+    afresh = _afresh(paired, theirs_all, wanted, mismatch)
+    numbers = {name: pair for name, pair in paired.items() if name not in afresh}
     groups = _matched_groups(own_groups, afresh, record, mismatch)
     plan = OptimizerPlan(
-        *(label, optimizer, record, numbers, groups),
+        *(label, optimizer, record, numbers, state_dict["param_groups"], groups),
         frozenset(_same_dtypes(numbers, wanted.manifest)),
         whole=ALL not in wanted.reset,
     )
@@ -233,6 +206,51 @@ def match_optimizer(
         _check_options(plan, wanted.described, mismatch)
         _check_state(plan, wanted.described, mismatch)
     return plan
+
+
+def _paired(
+    optimizer: Optimizer,
+    state_dict: Mapping[str, Any],
+    known: Collection[str],
+    wanted: Wanted,
+    mismatch: Callable[[str], None],
+) -> tuple[dict[str, tuple[int, Tensor]], list[set[str]]]:
+    """Numbers and parameters of an optimizer by the names that the file has for them, and the names in each group."""
+    number_of = {id(parameter): number for number, parameter in numbered(optimizer, state_dict).items()}
+    paired: dict[str, tuple[int, Tensor]] = {}
+    groups: list[set[str]] = []
+    for i, group in enumerate(optimizer.param_groups):
+        groups.append(set())
+        for j, parameter in enumerate(group["params"]):
+            name = wanted.name_of(parameter, known)
+            if name is None:
+                mismatch(
+                    f"number {j} of group {i}, of shape {list(parameter.shape)}, is no parameter of the model, or no "
+                    "longer after this load; make the optimizer from the model's parameters, if need be after the load"
+                )
+            elif name in paired:
+                mismatch(f"two parameters here are {name} in the file, which is one; tie them as they were saved")
+            else:
+                paired[name] = (number_of[id(parameter)], parameter)
+                groups[-1].add(name)
+    return paired, groups
+
+
+def _afresh(
+    paired: Collection[str], known: Collection[str], wanted: Wanted, mismatch: Callable[[str], None]
+) -> set[str]:
+    """Names of the parameters whose state starts afresh: that was asked for, or they start in a new chart."""
+    # A name that only the file has is a name to reset too.
+    reset = {name for name in (*paired, *known) if wanted.is_reset(name)}
+    charts = {
+        name: chart for name in (*paired, *known) if name not in reset and (chart := wanted.chart_of(name)) is not None
+    }
+    for chart in dict.fromkeys(charts[name] for name in paired if name in charts):
+        mismatch(
+            f"the file has the computed weight of {chart} alone, so that its state belongs to other coordinates; start "
+            f"it afresh with reset=[{chart!r}]"
+        )
+    return reset | charts.keys()
 
 
 def _matched_groups(

@@ -10,8 +10,8 @@ import torch
 from torch.optim import Optimizer
 
 from orthoserde.errors import ConfigError
+from orthoserde.manifest import class_name
 from orthoserde.state_tree import check_text, encode_tree
-from orthoserde.training.optimizers import class_name
 from orthoserde.training.sources import Sources
 from orthoserde.training.undo import Undo
 from orthoserde.training_record import StateRecord

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
+from orthoserde.manifest import class_name
+from orthoserde.optimizers import as_optimizer
 from orthoserde.state_tree import check_text, encode_tree
 from orthoserde.training.sources import Sources
 from orthoserde.training_record import GroupRecord, OptimizerRecord
@@ -37,25 +39,11 @@ def labelled(optimizer: object) -> dict[str, Optimizer]:
     if optimizer is None:
         return {}
     found = dict(optimizer) if isinstance(optimizer, Mapping) else {"": optimizer}
-    for label, each in found.items():
+    for label in found:
         if not isinstance(label, str) or (isinstance(optimizer, Mapping) and not label):
             raise TypeError(f"optimizer: expected names for optimizers, got {label!r}")
         check_text(label, f"optimizer.{label!r}")
-        if not all(hasattr(each, name) for name in ("state_dict", "load_state_dict", _GROUPS, _STATE)):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")
-    return {cast("str", label): _unwrapped(cast("Optimizer", each)) for label, each in found.items()}
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer in a wrapper of accelerate, which hands it everything on; by name, for it is not imported here."""
-    if class_name(type(optimizer)) == "accelerate.optimizer:AcceleratedOptimizer":
-        return _unwrapped(cast("Any", optimizer).optimizer)
-    return optimizer
-
-
-def class_name(cls: type) -> str:
-    """How a class is recorded: ``module:qualname``."""
-    return f"{cls.__module__}:{cls.__qualname__}"
+    return {cast("str", label): as_optimizer(each, "optimizer") for label, each in found.items()}
 
 
 def place_of(label: str) -> str:

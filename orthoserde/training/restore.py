@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import FileFormatError, IncompatibleModelError, Problem
-from orthoserde.manifest import Manifest
+from orthoserde.manifest import Manifest, qualname_of
 from orthoserde.state_tree import decode_tree
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.training import rng as generators
 from orthoserde.training.matching import OptimizerPlan, Wanted, match_optimizer
 from orthoserde.training.objects import is_object, misplaced, set_state, snapshot_of
-from orthoserde.training.optimizers import class_name, labelled, place_of
+from orthoserde.training.optimizers import labelled, place_of
 from orthoserde.training.rng import States
 from orthoserde.training.undo import Undo, undo_all
 from orthoserde.training_record import TrainingRecord
@@ -141,6 +141,8 @@ class TrainingPlan:
             IncompatibleModelError: One of them refused; all of them are as they were, or the error names those that
                 could not be given back what they had.
         """
+        if not self.optimizers and not self.objects:
+            return lambda: None  # a load of a model alone does not wait for the generators to be compared
         done: list[tuple[str, Undo]] = []
         where, before = "", generators.fingerprint()
         try:
@@ -239,7 +241,7 @@ def _odd_state(record: TrainingRecord, name: str, target: object) -> str:
     if stored is None and is_object(target):
         return f"a plain value in the file, a {type(target).__qualname__} here"
     if stored is not None and not is_object(target):
-        return f"the state of a {stored.partition(':')[2]} in the file; give the object to load it into"
-    if stored is not None and stored.partition(":")[2] != class_name(type(target)).partition(":")[2]:
-        return f"the state of a {stored.partition(':')[2]} in the file, a {type(target).__qualname__} here"
+        return f"the state of a {qualname_of(stored)} in the file; give the object to load it into"
+    if stored is not None and qualname_of(stored) != type(target).__qualname__:
+        return f"the state of a {qualname_of(stored)} in the file, a {type(target).__qualname__} here"
     return ""

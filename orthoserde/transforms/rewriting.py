@@ -51,6 +51,57 @@ def rewrite(
     return dataclasses.replace(checkpoint, manifest=changed, sources=sources)
 
 
+def rename(checkpoint: Checkpoint, keys: Mapping[str, str], records: Mapping[str, ParametrizedRecord]) -> Checkpoint:
+    """Give tensors other keys, also where training state speaks of them.
+
+    Args:
+        checkpoint: Where they have the old ones.
+        keys: New keys by old ones; none of the new ones is taken.
+        records: What becomes of the records of parametrized tensors, by name.
+
+    Returns:
+        A checkpoint of the same origin; the given one if there is nothing to rename.
+    """
+    if not keys:
+        return checkpoint
+    manifest = checkpoint.manifest
+    training = manifest.training
+    changed = dataclasses.replace(
+        manifest,
+        tensors={keys.get(key, key): record for key, record in manifest.tensors.items()},
+        aliases={keys.get(alias, alias): keys.get(kept, kept) for alias, kept in manifest.aliases.items()},
+        parametrized=tuple(records.get(record.name, record) for record in manifest.parametrized),
+        training=None if training is None else training.renamed(keys),
+    )
+    sources = {keys.get(key, key): source for key, source in checkpoint.sources.items()}
+    return dataclasses.replace(checkpoint, manifest=changed, sources=sources)
+
+
+def keep_aliases(
+    checkpoint: Checkpoint,
+    tensors: dict[str, TensorRecord],
+    aliases: dict[str, str],
+    sources: dict[str, TensorSource],
+) -> None:
+    """Let tensors whose key has been taken off stay under their other keys, the first of which is theirs then.
+
+    Args:
+        checkpoint: What was before.
+        tensors: What is left; completed in place.
+        aliases: The other keys that are left; mended in place.
+        sources: Of what is left; completed in place.
+    """
+    moved: dict[str, str] = {}
+    for alias, kept in list(aliases.items()):
+        if kept in moved:
+            aliases[alias] = moved[kept]
+        elif kept not in tensors:
+            del aliases[alias]
+            moved[kept] = alias
+            tensors.setdefault(alias, checkpoint.manifest.tensors[kept])
+            sources.setdefault(alias, checkpoint.sources[kept])
+
+
 def _keys(record: ParametrizedRecord, path: str) -> list[str]:
     """Keys of the tensors of its first parametrization, under one path of its module."""
     moved = dataclasses.replace(record, module=path)

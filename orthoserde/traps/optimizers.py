@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from orthoserde import _torch
 from orthoserde.evaluate import codecs_of
+from orthoserde.optimizers import as_optimizer, is_optimizer
 from orthoserde.registry import Registry
 from orthoserde.reports import Finding, Severity, shorten
 from orthoserde.traps.state import has_elements, is_finite, is_orthogonal, map_of
@@ -48,27 +49,26 @@ class Held:
 
 
 def optimizers_of(argument: object) -> dict[str, Optimizer]:
-    """The optimizers that a caller gave, by what they are called in texts.
+    """The optimizers that a caller gave, by what they are called in texts; each once.
 
     Raises:
         TypeError: It is neither an optimizer nor None, nor are the entries of it, an iterable or a mapping.
     """
     if argument is None:
         return {}
-    if isinstance(argument, Optimizer):
-        return {type(argument).__name__: argument}
     if isinstance(argument, Mapping):
-        given = [(f"optimizer {name!r}", each) for name, each in argument.items()]
-    elif isinstance(argument, Iterable):
-        given = [(f"optimizer {i} ({type(each).__name__})", each) for i, each in enumerate(argument)]
+        named = {f"optimizer {name!r}": each for name, each in argument.items()}
+        given = [(label, as_optimizer(each, label)) for label, each in named.items()]
+    elif isinstance(argument, Iterable) and not is_optimizer(argument):
+        several = [as_optimizer(each, f"optimizer {i}") for i, each in enumerate(argument)]
+        given = [(f"optimizer {i} ({type(each).__name__})", each) for i, each in enumerate(several)]
     else:
-        given = [("optimizer", argument)]
+        single = as_optimizer(argument, "optimizer")
+        given = [(type(single).__name__, single)]
     found: dict[str, Optimizer] = {}
-    for label, each in given:
-        if not isinstance(each, Optimizer):
-            raise TypeError(f"{label}: expected a torch.optim.Optimizer, got {type(each).__name__}")
-        if not any(each is other for other in found.values()):
-            found[label] = each
+    for label, optimizer in given:
+        if not any(optimizer is other for other in found.values()):
+            found[label] = optimizer
     return found
 
 

@@ -320,6 +320,9 @@ def test_a_computed_weight_alone_asks_for_a_reset(tmp_path: Path) -> None:
     model = nn.Sequential(orthoserde.orthogonal(nn.Linear(6, 6)), nn.Linear(6, 3))
     again = Adam(model.parameters())
     refused(tmp_path / "m", model, r"computed weight of 0\.weight alone.*reset=\['0\.weight'\]", optimizer=again)
+    with pytest.raises(IncompatibleModelError) as caught:
+        orthoserde.load(model, tmp_path / "m", optimizer=again)
+    assert len(caught.value.problems) == 1  # nor are its parameters said to be missing on either side
     with pytest.warns(orthoserde.LegacyCheckpointWarning):
         orthoserde.load(model, tmp_path / "m", optimizer=again, reset=["0.weight"])
     assert model.get_parameter("0.parametrizations.weight.original") not in again.state
@@ -336,6 +339,15 @@ def test_what_is_reset_starts_afresh(reset: Any, left: int, tmp_path: Path) -> N
     trained(model, optimizer)
     orthoserde.load(model, tmp_path / "m", optimizer=optimizer, reset=reset)
     assert len(optimizer.state) == left
+
+
+def test_what_only_the_file_has_an_optimizer_for_can_be_reset(tmp_path: Path) -> None:
+    saved(tmp_path / "m")
+    model = net()
+    optimizer = Adam(model[0].parameters())
+    refused(tmp_path / "m", model, r"not in this one: 1\.bias, 1\.weight", optimizer=optimizer)
+    orthoserde.load(model, tmp_path / "m", optimizer=optimizer, reset=["1"])
+    assert len(optimizer.state) == 2
 
 
 def test_a_name_that_resets_nothing_is_refused(tmp_path: Path) -> None:
@@ -803,6 +815,37 @@ class Dice:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         torch.set_rng_state(state["torch"])
+
+
+def test_a_load_of_a_model_alone_does_not_compare_generators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Any:
+        raise AssertionError("nothing is loaded that could move them")
+
+    saved(tmp_path / "m", state={"step": 3}, rng=True)
+    monkeypatch.setattr("orthoserde.training.rng.fingerprint", refuse)
+    model, state = net(), {"step": 0}
+    orthoserde.load(model, tmp_path / "m", state=state, rng=True)
+    assert state == {"step": 3}
+    with pytest.raises(AssertionError, match="nothing is loaded"):
+        orthoserde.load(model, tmp_path / "m", optimizer=Adam(model.parameters()))
+
+
+def test_a_load_asks_an_optimizer_once_for_its_state(tmp_path: Path) -> None:
+    """Some gather it from other devices, or copy it."""
+    calls: list[int] = []
+
+    class Asked(Adam):
+        def state_dict(self) -> dict[str, Any]:
+            calls.append(1)
+            return super().state_dict()
+
+    saved(tmp_path / "m", Asked)
+    model = net()
+    optimizer = Asked(model.parameters(), lr=0.5)
+    calls.clear()
+    orthoserde.load(model, tmp_path / "m", optimizer=optimizer)
+    assert len(calls) == 1
+    assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_generators_that_an_object_moves_stay_moved(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from orthoserde import json_values
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     COLUMNS,
-    HOOK,
     OPAQUE,
     Manifest,
     ParametrizationRecord,
@@ -156,6 +155,7 @@ def _parametrized(record: ParametrizedRecord, manifest: Manifest) -> Leaf:
         dtype=record.dtype,
         nbytes=sum(manifest.tensors[key].nbytes for key in kept),
         links=tuple(_link(link) for link in record.chain),
+        note="an older hook of torch" if record.hooked else "",
     )
 
 
@@ -165,7 +165,6 @@ def _link(link: ParametrizationRecord) -> str:
     version = "" if link.version == 1 else f" (version {link.version})"
     compact = [role for role, encoding in sorted(link.tensors.items()) if encoding == COLUMNS]
     stored = f"; stored as columns: {', '.join(compact)}" if compact else ""
-    stored += "; under the keys of torch's older hook" if HOOK in link.tensors.values() else ""
     return f"{link.kind}{version}: {in_words(link.config)}{stored}"
 
 

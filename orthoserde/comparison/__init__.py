@@ -42,13 +42,17 @@ def diff(a: Checkpoint, b: Checkpoint, registry: Registry, *, tolerance: float =
     """
     with _torch.undisturbed():
         one, two = Side(a), Side(b)
+        for side, other in ((one, two), (two, one)):
+            if not side.has_configuration:
+                side.borrow(other)
         names = [name for name in one.names if name in two.names]
         found: dict[str, TensorDifference] = {}
         for name in names:
             difference = compare(one, two, name, registry)
             if difference is not None:
                 found[name] = difference
-        training = compare_training(a, b)
+        training = compare_training(one.whole, two.whole)
+    configured = one.has_configuration and two.has_configuration
     return DiffReport(
         paths=(a.origin, b.origin),
         only=(
@@ -58,9 +62,9 @@ def diff(a: Checkpoint, b: Checkpoint, registry: Registry, *, tolerance: float =
         tensors=found,
         identical=len(names) - len(found),
         modules=_modules(a.manifest, b.manifest),
-        ties=_pairs(one.ties, two.ties) if one.has_configuration and two.has_configuration else {},
+        ties=_pairs(one.ties, two.ties) if configured else {},
         training=training,
-        metadata=_pairs(a.manifest.metadata, b.manifest.metadata),
+        metadata=_pairs(a.manifest.metadata, b.manifest.metadata) if configured else {},
         notes=tuple(_notes(a.manifest, b.manifest)),
         tolerance=tolerance,
     )
@@ -97,7 +101,7 @@ def _notes(one: Manifest, two: Manifest) -> list[str]:
     if any(kinds[0][name] != kinds[1][name] for name in kinds[0].keys() & kinds[1].keys()):
         notes.append("parametrizations are of other kinds; state is compared where one form can be taken for the other")
     if one.has_configuration != two.has_configuration:
-        notes.append("one of them has no configuration, so none is compared")
+        notes.append("one of them has no configuration; where it has the state, that of the other is taken for it")
     if any(manifest.computed for manifest in (one, two)):
         notes.append("computed tensors that are stored for other readers are not compared")
     return notes

@@ -35,6 +35,15 @@ class Side:
         self.names: dict[str, None] = dict.fromkeys([*self.records, *plain])
         self.ties = {key: kept for key, kept in manifest.aliases.items() if key not in inside}
 
+    def borrow(self, other: Side) -> None:
+        """Take records of the other for tensors of which this checkpoint has no configuration, but all the state."""
+        for name, record in other.records.items():
+            keys = record.tensor_keys()
+            if name not in self.names and all(key in self.whole.manifest for key in keys):
+                self.records[name] = record
+                inside = {*keys, *_under_aliases(record)}
+                self.names = dict.fromkeys([name, *(each for each in self.names if each not in inside)])
+
     def kinds(self, name: str) -> str:
         """Kinds of its parametrizations, in order."""
         record = self.records.get(name)

@@ -108,7 +108,9 @@ def on_manifold(a: Tensor, b: Tensor) -> OnManifold | None:
     Returns:
         None where they are not finite, have no columns, or would take more than ``MOST_MULTIPLICATIONS``.
     """
-    n, k = max(a.shape[-2:], default=0), min(a.shape[-2:], default=0)
+    if a.dim() < 2:
+        return None
+    n, k = max(a.shape[-2:]), min(a.shape[-2:])
     work = math.prod(a.shape[:-2]) * (10 * n**3 if n == k else n * k * k)
     if not work or work > MOST_MULTIPLICATIONS:
         return None
@@ -174,14 +176,19 @@ class _Sums:
         none = torch.zeros((), dtype=torch.float64)
         apart = torch.where(finite & ~same, (one - two).abs(), none)
         self._largest = max(self._largest, float(apart.max()) if apart.numel() else 0.0)
-        # hypot of roots: squares of large numbers would overflow.
-        self._apart = math.hypot(self._apart, float(torch.linalg.vector_norm(apart)))
-        self._norm = math.hypot(self._norm, float(torch.linalg.vector_norm(torch.where(finite, one.abs(), none))))
+        self._apart = math.hypot(self._apart, _norm(apart))
+        self._norm = math.hypot(self._norm, _norm(torch.where(finite, one.abs(), none)))
 
     def distance(self) -> Distance:
         """What all blocks together say."""
         relative = self._apart / self._norm if self._norm else math.inf if self._apart else 0.0
         return Distance(self._identical, self._largest, relative, self._not_comparable)
+
+
+def _norm(values: Tensor) -> float:
+    """Euclidean norm of numbers from 0, whose squares may not be representable."""
+    largest = float(values.max()) if values.numel() else 0.0
+    return largest * float(torch.linalg.vector_norm(values / largest)) if largest else 0.0
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ MOST_LINES = 4
 GAP = "  "
 _LABEL = 13
 
+#: Columns that the first cell of a row has at least.
+_LEAST_FIRST = 16
+
 
 @dataclass(frozen=True)
 class Row:
@@ -121,8 +124,9 @@ def table(rows: Iterable[Row], width: int, right: frozenset[int] = frozenset()) 
     # No column may take more than a third: shapes and kinds of strangers may be of any length.
     most = max(8, width // 3)
     others = [max(min(most, cell_len(row.cells[i])) for row in shown) for i in range(1, len(shown[0].cells))]
+    others = _fitting(others, width - _LEAST_FIRST)
     full = [cell_len(row.guide) + cell_len(row.cells[0]) for row in shown if any(row.cells[1:])]
-    first = max(8, min(max(full, default=0), width - sum(len(GAP) + size for size in others)))
+    first = max(_LEAST_FIRST, min(max(full, default=0), width - _total(others)))
     lines: list[Text] = []
     for row in shown:
         alone = not any(row.cells[1:])
@@ -140,6 +144,18 @@ def table(rows: Iterable[Row], width: int, right: frozenset[int] = frozenset()) 
             parts = wrapped(text, max(20, width - cell_len(guide)))
             lines += [Text().append(guide, "dim").append(part, "cyan") for part in parts]
     return lines
+
+
+def _fitting(widths: list[int], room: int) -> list[int]:
+    """The widths of columns, the widest made narrower until all fit."""
+    found = list(widths)
+    while _total(found) > room and max(found, default=0) > 1:
+        found[found.index(max(found))] -= 1
+    return found
+
+
+def _total(widths: list[int]) -> int:
+    return sum(len(GAP) + size for size in widths)
 
 
 def sections(parts: Iterable[Sequence[Text]]) -> list[Text]:

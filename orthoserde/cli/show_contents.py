@@ -89,7 +89,7 @@ def _rows(branch: Branch, guides: Guides, before: str) -> Iterator[Row]:
             below = tuple((beside + "  ", link) for link in each.links)
             yield Row((name, _shape(each), each.dtype or "?", f"{each.nbytes:,}", _sort(each)), guide, "", below)
         else:
-            kind = ((beside, each.kind),) if each.kind else ()
+            kind = ((beside + "  ", each.kind),) if each.kind else ()
             size = f"{each.nbytes:,}" if each.count > 1 else ""
             yield Row((name, "", "", size, "together" if size else ""), guide, "bold", kind)
             yield from _rows(each, guides, beside)

@@ -19,7 +19,7 @@ from rich.text import Text
 from orthoserde.reports import printable
 
 #: Columns where there is no terminal to ask, and the fewest that tables are made for.
-PIPE_WIDTH, LEAST_WIDTH = 100, 40
+PIPE_WIDTH, LEAST_WIDTH = 100, 60
 
 #: Characters of an error; names in it may be of any length.
 MOST_ERROR = 2000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ MOST_LINES = 4
 GAP = "  "
 _LABEL = 13
 
-#: Columns that the first cell of a row has at least.
-_LEAST_FIRST = 16
+#: Columns that the first cell of a row has at least, with what a tree draws before it, and without.
+_LEAST_FIRST, _LEAST_NAME = 16, 8
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ def squeeze(text: str, width: int) -> str:
     return f"{_start(text, head)}...{_start(text[::-1], max(0, width - 3 - head))[::-1]}"
 
 
+def _cut(text: str, width: int) -> str:
+    """A text without the middle of it, where it is so long that only its ends will be seen."""
+    return f"{text[:width]}...{text[-width:]}" if len(text) > 3 * width else text
+
+
 def _start(text: str, width: int) -> str:
     """As much of a text as fits."""
     room = width
@@ -61,7 +67,7 @@ def _start(text: str, width: int) -> str:
 
 def heading(text: str, width: int) -> Text:
     """A title over a section."""
-    return Text(squeeze(printable(text), width), style="bold")
+    return Text(squeeze(printable(_cut(text, width)), width), style="bold")
 
 
 def pair(label: str, text: str, width: int, style: str = "") -> list[Text]:
@@ -76,7 +82,8 @@ def pair(label: str, text: str, width: int, style: str = "") -> list[Text]:
 
 def wrapped(text: str, width: int) -> list[str]:
     """A text in lines of at most this width, shortened in its middle if it takes too many."""
-    whole = squeeze(printable(text), width * (MOST_LINES - 1))
+    room = width * (MOST_LINES - 1)
+    whole = squeeze(printable(_cut(text, room)), room)
     lines = textwrap.wrap(whole, width, break_on_hyphens=False)
     # Wide letters take two columns, which textwrap does not know.
     return [squeeze(line, width) for line in lines]
@@ -87,7 +94,7 @@ def listed(title: str, names: Sequence[str], width: int, style: str = "") -> lis
     if not names:
         return []
     lines = [heading(title, width)]
-    lines += [Text(squeeze(f"  {printable(name)}", width), style=style) for name in names[:SHOWN]]
+    lines += [Text(squeeze(f"  {printable(_cut(name, width))}", width), style=style) for name in names[:SHOWN]]
     if len(names) > SHOWN:
         lines.append(Text(f"  and {len(names) - SHOWN:,} more", style="dim"))
     return lines
@@ -99,7 +106,7 @@ def reasons(title: str, found: Mapping[str, str], width: int) -> list[Text]:
         return []
     lines = [heading(title, width)]
     for name, reason in list(found.items())[:SHOWN]:
-        lines.append(Text(squeeze(f"  {printable(name)}", width)))
+        lines.append(Text(squeeze(f"  {printable(_cut(name, width))}", width)))
         lines += [Text(f"      {line}", style="dim") for line in wrapped(reason, width - 6)]
     if len(found) > SHOWN:
         lines.append(Text(f"  and {len(found) - SHOWN:,} more", style="dim"))
@@ -114,34 +121,31 @@ def table(rows: Iterable[Row], width: int, right: frozenset[int] = frozenset()) 
         width: Columns of the screen.
         right: Which columns are aligned at their right.
     """
-    half = width // 2  # a tree of strangers may be deep
-    shown = [
-        Row(tuple(map(printable, row.cells)), row.guide[-half:], row.style, tuple((g[-half:], t) for g, t in row.below))
-        for row in rows
-    ]
+    shown = [dataclasses.replace(row, cells=tuple(printable(_cut(cell, width)) for cell in row.cells)) for row in rows]
     if not shown:
         return []
     # No column may take more than a third: shapes and kinds of strangers may be of any length.
     most = max(8, width // 3)
     others = [max(min(most, cell_len(row.cells[i])) for row in shown) for i in range(1, len(shown[0].cells))]
     others = _fitting(others, width - _LEAST_FIRST)
-    full = [cell_len(row.guide) + cell_len(row.cells[0]) for row in shown if any(row.cells[1:])]
+    full = [len(row.guide) + cell_len(row.cells[0]) for row in shown if any(row.cells[1:])]
     first = max(_LEAST_FIRST, min(max(full, default=0), width - _total(others)))
     lines: list[Text] = []
     for row in shown:
         alone = not any(row.cells[1:])
-        room = max(8, (width if alone else first) - cell_len(row.guide))
-        name = squeeze(row.cells[0], room)
-        line = Text().append(row.guide, "dim").append(name, row.style)
+        guide = row.guide[-(first - _LEAST_NAME) :]  # a tree of strangers may be deep
+        name = squeeze(row.cells[0], (width if alone else first) - len(guide))
+        line = Text().append(guide, "dim").append(name, row.style)
         if not alone:
-            line.append(" " * (first - cell_len(row.guide) - cell_len(name)))
+            line.append(" " * (first - len(guide) - cell_len(name)))
             for i, (cell, size) in enumerate(zip(row.cells[1:], others, strict=True), start=1):
                 cell = squeeze(cell, size)
                 space = " " * (size - cell_len(cell))
                 line.append(GAP + (space + cell if i in right else cell + space))
         lines.append(line)
         for guide, text in row.below:
-            parts = wrapped(text, max(20, width - cell_len(guide)))
+            guide = guide[-width // 2 :]
+            parts = wrapped(text, width - len(guide))
             lines += [Text().append(guide, "dim").append(part, "cyan") for part in parts]
     return lines
 

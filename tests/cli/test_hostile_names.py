@@ -33,7 +33,7 @@ EVIL = "\x1b[2Jcleared\r\nline\u202e\udc80\x9b31m\x07"
 MARKUP = "[red]x[/] [/nothing] :smile: [link=file:///etc/passwd]"
 WIDE = "\u5c42" * 300
 NAMES = (LONG, EVIL, MARKUP, WIDE, "", ".", "..a")
-WIDTHS = (60, 80, 200)
+WIDTHS = (60, 200)
 
 
 def manifest() -> Manifest:

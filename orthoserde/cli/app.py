@@ -22,7 +22,7 @@ from orthoserde.cli.show_reports import (
     show_residuals,
     show_verification,
 )
-from orthoserde.cli.terminal import Output, complain
+from orthoserde.cli.terminal import Output, complain, message_of
 from orthoserde.errors import CheckpointNotFoundError, FileAccessError, FileFormatError, OrthoserdeError
 from orthoserde.opening import open_checkpoint, rotations_of, stored_bytes
 from orthoserde.registry import default_registry
@@ -79,8 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        # An int that a command returned, or that --help and --version ended with.
-        return int(app(args=given, prog_name="orthoserde", standalone_mode=False) or OK)
+        # What a command returned, or what typer made of --help, --version and, from some version on, Ctrl-C.
+        code = int(app(args=given, prog_name="orthoserde", standalone_mode=False) or OK)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
     except _USAGE as error:
         complain(f"{_message(error)} (orthoserde --help says more)")
         return UNREADABLE
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as ended:
         return ended.exit_code
     except (OrthoserdeError, OSError) as error:
-        complain(str(error))
+        complain(message_of(error))
         return UNREADABLE
 
 
@@ -218,7 +221,7 @@ def convert(
     except (OrthoserdeError, OSError) as error:
         if isinstance(error, FileAccessError) and error.filename == source:
             raise
-        complain(str(error))
+        complain(message_of(error))
         return REFUSED
     if as_json:
         output.json(objects.of_conversion(report))

@@ -124,8 +124,8 @@ def table(rows: Iterable[Row], width: int, right: frozenset[int] = frozenset()) 
     shown = [dataclasses.replace(row, cells=tuple(printable(_cut(cell, width)) for cell in row.cells)) for row in rows]
     if not shown:
         return []
-    # No column may take more than a third: shapes and kinds of strangers may be of any length.
-    most = max(8, width // 3)
+    # No column may take nearly all: shapes and kinds of strangers may be of any length.
+    most = width * 2 // 5
     others = [max(min(most, cell_len(row.cells[i])) for row in shown) for i in range(1, len(shown[0].cells))]
     others = _fitting(others, width - _LEAST_FIRST)
     full = [len(row.guide) + cell_len(row.cells[0]) for row in shown if any(row.cells[1:])]
@@ -133,7 +133,8 @@ def table(rows: Iterable[Row], width: int, right: frozenset[int] = frozenset()) 
     lines: list[Text] = []
     for row in shown:
         alone = not any(row.cells[1:])
-        guide = row.guide[-(first - _LEAST_NAME) :]  # a tree of strangers may be deep
+        # A tree of strangers may be deep.
+        guide = row.guide[-(first - min(_LEAST_NAME, cell_len(row.cells[0]))) :]
         name = squeeze(row.cells[0], (width if alone else first) - len(guide))
         line = Text().append(guide, "dim").append(name, row.style)
         if not alone:

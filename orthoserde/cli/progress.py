@@ -24,6 +24,7 @@ class Bar:
     def __init__(self, label: str, total: int) -> None:
         self._lock = threading.Lock()
         self._ended = False
+        self._done, self._total = 0, max(1, total)
         self._progress: Progress | None = None
         self._timer: threading.Timer | None = None
         if is_terminal(sys.stderr):
@@ -37,14 +38,17 @@ class Bar:
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._task = self._progress.add_task(label, total=max(1, total))
+            self._task = self._progress.add_task(label, total=self._total)
             self._timer = threading.Timer(PATIENCE, self._show)
             self._timer.daemon = True
 
     def advance(self, count: int) -> None:
         """So many more bytes are done. It may be called from any thread."""
         if self._progress is not None:
-            self._progress.advance(self._task, count)
+            with self._lock:
+                # What is read twice, or only in part, makes of the total an estimate.
+                self._done = min(self._total, self._done + count)
+            self._progress.update(self._task, completed=self._done)
 
     def _show(self) -> None:
         with self._lock:

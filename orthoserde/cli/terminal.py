@@ -100,6 +100,13 @@ def complain(message: str) -> None:
             print(f"orthoserde: {text}", file=sys.stderr, flush=True)
 
 
+def message_of(error: BaseException) -> str:
+    """What an error says; of one of the system, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
+
+
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether somebody looks at it."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent.parent
 #: What sets colours; whatever else begins with an escape moves the cursor or clears something.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
+#: What moves or clears, and the text between: an escape that is not known is text, and so is seen.
+_TOKENS = re.compile(r"\r|\n|\x1b\[2K|\x1b\[1A|\x1b\[\?25[lh]|\x1b?[^\r\n\x1b]+")
+
 #: Seconds after which a command is taken to hang.
 PATIENCE = 120.0
 
@@ -34,8 +37,22 @@ class Seen:
 
     @property
     def text(self) -> str:
-        """Without colours."""
-        return COLOURS.sub("", self.raw).replace("\r\n", "\n")
+        """The screen in the end, without colours: what was cleared or written over is gone."""
+        lines, row, column = [""], 0, 0
+        for token in _TOKENS.findall(COLOURS.sub("", self.raw)):
+            if token == "\r":
+                column = 0
+            elif token == "\n":
+                row += 1
+                lines += [""] * (row + 1 - len(lines))
+            elif token == "\x1b[2K":
+                lines[row] = ""
+            elif token == "\x1b[1A":
+                row -= 1
+            elif token not in ("\x1b[?25l", "\x1b[?25h"):  # the cursor is hidden and shown
+                lines[row] = lines[row][:column].ljust(column) + token + lines[row][column + len(token) :]
+                column += len(token)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def see(

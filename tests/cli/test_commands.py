@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import orthoserde
 from orthoserde import conversion
 from orthoserde.__main__ import main
 from orthoserde.cli.app import To
+from orthoserde.cli.terminal import is_terminal, wants_ascii
 from tests.golden.models import FOLDER, MODELS
 from tests.helpers import flip_bit
 
@@ -374,3 +376,36 @@ def test_lines_fit(width: int, name: str, run: Run, monkeypatch: pytest.MonkeyPa
         for line in out.splitlines():
             assert len(line) <= width
             assert line == line.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"LANG": "de_DE.UTF-8"}, False),
+        ({"LANG": "C"}, True),
+        ({"LANG": "POSIX", "LC_CTYPE": "C.UTF-8"}, True),  # as Python sets it then
+        ({"LANG": "C", "LC_ALL": "C.UTF-8"}, False),
+        ({"LANG": "de_DE.UTF-8", "LC_ALL": "C"}, True),
+        ({"LANG": "C", "PYTHONIOENCODING": "utf-8"}, False),
+    ],
+)
+def test_the_c_locale_is_known(variables: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONIOENCODING"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wants_ascii(io.TextIOWrapper(io.BytesIO(), "utf-8")) == expected
+    assert wants_ascii(io.TextIOWrapper(io.BytesIO(), "latin-1"))
+
+
+def test_a_dumb_terminal_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    assert is_terminal(Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not is_terminal(Terminal())
+    assert not is_terminal(None)

@@ -53,12 +53,8 @@ class TestColours:
         seen = see(orthoserde("verify", path), env={"NO_COLOR": "1"})
         assert set(COLOURS.findall(seen.raw)) <= {f"\x1b[{code}m" for code in ("0", "1", "2")}  # bold and faint
 
-    def test_a_dumb_terminal_gets_no_escapes(self, path: Path) -> None:
-        assert "\x1b" not in see(orthoserde("inspect", path), env={"TERM": "dumb"}).raw
-
-    @pytest.mark.parametrize("locale", [{"LANG": "C"}, {"LANG": "C.UTF-8", "LC_ALL": "C"}, {"LANG": "POSIX"}])
-    def test_the_c_locale_gets_ascii(self, locale: dict[str, str], path: Path) -> None:
-        seen = see(orthoserde("inspect", path), env=locale)
+    def test_the_c_locale_gets_ascii(self, path: Path) -> None:
+        seen = see(orthoserde("inspect", path), env={"LANG": "C"})
         assert seen.code == 0
         assert seen.raw.isascii()
         assert "|-- layers" in seen.text
@@ -70,8 +66,8 @@ class TestColours:
 
 
 def test_lines_fit_the_terminal(path: Path) -> None:
-    lines = see(orthoserde("inspect", path), columns=70).text.splitlines()
-    assert 60 < max(map(len, lines)) <= 70
+    lines = see(orthoserde("verify", path), columns=60).text.splitlines()
+    assert 50 < max(map(len, lines)) <= 60
 
 
 class TestEnds:
@@ -136,6 +132,7 @@ class TestProgress:
         assert seen.code == 0
         label = {"verify": "verifying", "diff": "comparing", "convert": "converting"}[command]
         assert label in seen.raw
+        assert label not in seen.text
         last = seen.raw.rpartition(label)[2]
         assert "\x1b[2K" in last  # the line is cleared
         assert "\x1b[?25h" in last  # and the cursor is back

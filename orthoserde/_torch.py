@@ -63,6 +63,11 @@ def _holds_only(module: nn.Module, attribute: str) -> bool:
     return set(module._modules) == {attribute} and not module._parameters and not module._buffers
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor, or any view of it, has been written to in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def is_ddp(module: nn.Module) -> bool:
     """Whether DistributedDataParallel wraps a model or a part of it."""
     ddp = getattr(sys.modules.get("torch.nn.parallel.distributed"), "DistributedDataParallel", None)

@@ -16,6 +16,7 @@ from orthoserde import audit, storage
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError
+from orthoserde.integrations import in_process
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.opening import open_checkpoint, rotations_of
@@ -187,8 +188,7 @@ def prepare(
     """All of :func:`save` but the writing: same arguments, same errors."""
     if base not in get_args(Base):
         raise ConfigError(f"base: expected one of {', '.join(get_args(Base))}, got {base!r}")
-    registry = default_registry if registry is None else registry
-    registry = _with_neighbours(registry, model)
+    registry = _with_neighbours(in_process(registry), model)
     sink = sink_of(debug)
     measured = _nothing if sink is None else functools.partial(Watch("save", model, registry).report, sink)
     captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
@@ -269,7 +269,7 @@ def load(
             (``DamagedFileError``).
         LoadInterruptedError: Reading failed after the first write: the one case in which the model is partly written.
     """
-    registry = default_registry if registry is None else registry
+    registry = in_process(registry)
     extended = _with_neighbours(registry, model)
     sink = sink_of(debug)
     watch = None if sink is None else Watch("load", model, extended)
@@ -334,7 +334,7 @@ def build(
         3
     """
     with storage.read(path) as checkpoint:
-        registry = default_registry if registry is None else registry
+        registry = in_process(registry)
         if any(record.kind in _LOREFT for record in checkpoint.manifest.modules):
             # A module of our own, by a name that stands here: no file can have anything else imported.
             from orthoserde.integrations import loreft  # noqa: PLC0415
@@ -414,8 +414,7 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
         True
     """
     with open_checkpoint(path) as checkpoint:
-        known = default_registry if registry is None else registry
-        return audit.verify(checkpoint, known, rotations_of(path, checkpoint))
+        return audit.verify(checkpoint, in_process(registry), rotations_of(path, checkpoint))
 
 
 def _with_neighbours(registry: Registry, model: nn.Module) -> Registry:

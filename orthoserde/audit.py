@@ -9,8 +9,9 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.codec import residual_of
 from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, join
-from orthoserde.parametrizations import BUILT_IN_CODECS
+from orthoserde.parametrizations import is_built_in
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.probe import off_orthonormal
 from orthoserde.recompute import Link, Misfit, NotComputable, dry_weight_of, one_line, resolve, weight_of
@@ -140,7 +141,7 @@ def _measure(
     checkpoint: Checkpoint, record: ParametrizedRecord, links: Sequence[Link], limit: int
 ) -> tuple[float | None, bool]:
     """Residual of a parametrized tensor, and whether it is on its constraint."""
-    if all(link.codec in BUILT_IN_CODECS for link in links):
+    if all(is_built_in(link.codec) for link in links):
         dry = dry_weight_of(checkpoint, record, links, limit)
         if links[-1].codec.residual(torch.empty(0, 0)) is None:
             return None, True
@@ -153,7 +154,7 @@ def _measure(
 def _judge(link: Link, weight: Tensor) -> tuple[float | None, bool]:
     """Residual of a computed tensor, and whether it is on the constraint."""
     try:
-        residual = link.codec.residual(weight)
+        residual = residual_of(link.codec, weight, link.config)
         return residual, residual is None or link.codec.admits(weight, link.config)
     except Exception as error:  # whatever a user's codec raises
         raise NotComputable(f"{link.codec.kind} cannot be measured here: {one_line(error)}") from error

@@ -12,10 +12,11 @@ from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 from orthoserde import _torch
 from orthoserde.errors import Problem, UnsupportedModuleError
 from orthoserde.evaluate import computed
+from orthoserde.integrations import in_process
 from orthoserde.manifest import join
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registration import unregister
-from orthoserde.registry import Registry, default_registry
+from orthoserde.registry import Registry
 from orthoserde.reports import BakeReport
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 
@@ -51,7 +52,7 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
         >>> sorted(layer.state_dict())
         ['bias', 'weight']
     """
-    registry = default_registry if registry is None else registry
+    registry = in_process(registry)
     with _torch.undisturbed(), torch.no_grad():
         inventory = take_inventory(model)
         tensors = (*inventory.parametrized, *inventory.hooked)

@@ -1,4 +1,11 @@
-"""`Checkpoint`: the one value in which everything meets, a manifest and named tensors."""
+"""`Checkpoint`: the one value in which everything meets, a manifest and named tensors.
+
+Note [Torn]
+A model that another thread trains while it is saved would be stored half before a step and half after it, without any
+error. Torch counts how often a tensor is written to in place, whoever holds it; whoever has read all tensors of a
+captured checkpoint compares the counts with those of its capture before the result is taken for whole. What is written
+through ``tensor.data`` or through NumPy is not counted, and a save that lies within one step altogether is not seen.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from orthoserde import tensor_bytes
-from orthoserde.errors import DamagedFileError
+from orthoserde import _torch, tensor_bytes
+from orthoserde.errors import DamagedFileError, TornSaveError
 from orthoserde.manifest import Manifest
 from orthoserde.side_by_side import GoOn, work_through
 
@@ -42,9 +49,18 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LiveTensor:
-    """A tensor in memory, seen as it is at the moment of reading."""
+    """A tensor in memory, seen as it is at the moment of reading.
+
+    Attributes:
+        tensor: The tensor.
+        version: How often it had been written to in place when this was made; None where torch does not count.
+    """
 
     tensor: Tensor
+    version: int | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", _torch.version_of(self.tensor))
 
     any_thread: ClassVar[bool] = False
 
@@ -222,6 +238,24 @@ class Checkpoint:
         keys = list(digests)
         return list(itertools.compress(keys, work_through(keys, is_damaged, movable)))
 
+    def check_unchanged(self) -> None:
+        """Hold the tensors of a live model to what they were when it was captured; see Note [Torn].
+
+        Raises:
+            TornSaveError: Some have been written to since.
+        """
+        changed = [
+            key
+            for key, source in self.sources.items()
+            if isinstance(source, LiveTensor) and source.version != _torch.version_of(source.tensor)
+        ]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise TornSaveError(
+                f"{self.origin}: {changed[0]}{more} changed while it was being saved, so the checkpoint would be of no "
+                "one step, and was not written; save between the steps, in the thread that trains, or hold a lock"
+            )
+
     def below(self, path: str) -> Checkpoint:
         """The same tensors in names that begin at a module; all of them must be below its path.
 
@@ -246,8 +280,12 @@ class Checkpoint:
         Args:
             reuse: An earlier snapshot, which is not used any more: its memory is overwritten where a tensor is stored
                 under the same key with the same dtype, shape and strides. New memory costs several times the copy.
+
+        Raises:
+            TornSaveError: Some tensors changed meanwhile.
         """
         sources = {key: LiveTensor(self._copied(key, reuse)) for key in self.sources}
+        self.check_unchanged()
         return Checkpoint(self.manifest, sources, self.origin, notes=self.notes)
 
     def _copied(self, key: str, reuse: Checkpoint | None) -> Tensor:

@@ -85,6 +85,21 @@ class Codec(Protocol):
         """
 
 
+@runtime_checkable
+class MeasuredByConfig(Protocol):
+    """A codec whose constraint depends on its configuration, as a sphere does on its radius."""
+
+    def residual_in(self, weight: Tensor, config: Mapping[str, JSON]) -> float | None:
+        """Distance of a computed tensor from the constraint in a configuration; None where there is none."""
+
+
+def residual_of(codec: Codec, weight: Tensor, config: Mapping[str, JSON] | None) -> float | None:
+    """Distance of a computed tensor from the constraint of a codec; None where there is none to measure."""
+    if config is not None and isinstance(codec, MeasuredByConfig):
+        return codec.residual_in(weight, config)
+    return codec.residual(weight)
+
+
 def current_config(codec: Codec, config: Mapping[str, JSON] | None, version: int) -> dict[str, JSON] | None:
     """A configuration of a file in the codec's own version; None where the file does not know it.
 

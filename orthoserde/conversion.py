@@ -12,9 +12,10 @@ from typing import Literal, get_args
 from orthoserde import storage
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError
+from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
-from orthoserde.registry import Registry, default_registry
+from orthoserde.registry import Registry
 from orthoserde.reports import shorten
 from orthoserde.transforms import bake, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
@@ -103,9 +104,7 @@ def convert(
     if is_folder:
         return _to_pyreft(origin, goal, form)
     with open_checkpoint(origin) as found:
-        changed, notes = _FORMS[form](
-            watched(found, progress, verify=True), default_registry if registry is None else registry
-        )
+        changed, notes = _FORMS[form](watched(found, progress, verify=True), in_process(registry))
         if form in ("baked", "hooks") and goal.lower().endswith(TORCH_ENDINGS):
             changed, more = _plain(changed)
             notes += more

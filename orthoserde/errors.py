@@ -48,6 +48,10 @@ class ConfigError(OrthoserdeError, ValueError):
     """A configuration cannot be turned into JSON, upgraded, or built into a module again."""
 
 
+class TornSaveError(OrthoserdeError, RuntimeError):
+    """The model changed while it was being saved; the previous checkpoint is untouched."""
+
+
 class UnsupportedModuleError(OrthoserdeError, RuntimeError):
     """The model holds state that cannot be saved or restored without losing some of it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from orthoserde import _torch
-from orthoserde.codec import Codec
+from orthoserde.codec import Codec, residual_of
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.walk import ParametrizedTensor
@@ -43,4 +43,6 @@ def residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:
     """Distance of the computed tensor from its last constraint; None where there is none to measure."""
     last = codecs_of(tensor, registry)[-1]
     weight = computed(tensor, registry)
-    return None if last is None or weight is None else last.residual(weight)
+    if last is None or weight is None:
+        return None
+    return residual_of(last, weight, last.config(_torch.unwrap(tensor.parametrizations[-1])))

@@ -25,7 +25,7 @@ from orthoserde.codec import Codec
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import OPAQUE, ParametrizationRecord, ParametrizedRecord
-from orthoserde.parametrizations import BUILT_IN_CODECS, codec_for_kind
+from orthoserde.parametrizations import codec_for_kind, is_built_in
 from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import DTYPES
@@ -101,7 +101,7 @@ def weight_of(checkpoint: Checkpoint, record: ParametrizedRecord, links: Sequenc
         Misfit: Its state and its configuration contradict each other.
     """
     _check_stored(checkpoint, record, limit)
-    if not all(link.codec in BUILT_IN_CODECS for link in links):
+    if not all(is_built_in(link.codec) for link in links):
         return _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit))
     # All that shapes and dtypes tell comes before anything is read.
     dry_weight_of(checkpoint, record, links, limit)
@@ -155,7 +155,7 @@ def _compute(record: ParametrizedRecord, links: Sequence[Link], tensor: Callable
 
 def _wary_run(link: Link, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor], *, limit: int) -> Tensor:
     """Compute a parametrization, one of torch's only after a dry run: what it is given may come from a user's codec."""
-    if link.codec in BUILT_IN_CODECS:
+    if is_built_in(link.codec):
         _dry_run(link, inputs, own, limit=limit)
     return _run(link, inputs, own)
 

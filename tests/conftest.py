@@ -1,5 +1,9 @@
-"""What is collected where: tests/pyreft runs against the real packages, in the environment of nox's pyreft session."""
+"""What is collected where: some folders run against real packages, each in the environment of its own nox session."""
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("pyvene") else ["pyreft"]
+NEEDS = {"pyreft": ("pyvene",), "ecosystem": ("geotorch", "transformers")}
+
+collect_ignore = [
+    folder for folder, packages in NEEDS.items() if not all(importlib.util.find_spec(name) for name in packages)
+]

@@ -26,6 +26,7 @@ EXAMPLES: list[tuple[OrthoserdeError, type[Exception]]] = [
     (errors.AdapterError("what"), RuntimeError),
     (errors.UnsupportedModuleError("what", PROBLEMS), RuntimeError),
     (errors.CanonicalizeError("what", PROBLEMS), RuntimeError),
+    (errors.TornSaveError("what"), RuntimeError),
     (errors.IncompatibleModelError("what", PROBLEMS), RuntimeError),
     (errors.FileFormatError("what"), ValueError),
     (errors.DamagedFileError("what"), ValueError),

@@ -55,10 +55,12 @@ ERRORS = {
     "OrthoserdeError": Exception,
     "ProofError": RuntimeError,
     "RegistrationError": ValueError,
+    "TornSaveError": RuntimeError,
     "UnsupportedModuleError": RuntimeError,
 }
 
 VALUES = {
+    "BakeReport",
     "CanonicalizeReport",
     "ChartReport",
     "Codec",

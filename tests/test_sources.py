@@ -9,12 +9,13 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.ao.pruning.sparsifier import utils
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
@@ -26,6 +27,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference" / "sources.md"
 BEGIN, END = "<!-- table: python -m tests.test_sources -->", "<!-- end of table -->"
 
 REGISTRY = Registry()
+FakeSparsity: Any = utils.FakeSparsity  # torch does not annotate it
 
 
 @REGISTRY.register("tests.sources>Scaled")
@@ -63,6 +65,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "orthogonal, matrix_exp, not trivialized": _orthogonal("matrix_exp", trivialized=False),
     "weight_norm": lambda: weight_norm(nn.Linear(3, 7)),
     "spectral_norm": lambda: spectral_norm(nn.Linear(3, 7)),
+    "a mask of torch.ao.pruning": _with(lambda: FakeSparsity((torch.rand(7, 3) > 0.5).float())),
     "a registered class": _with(Scaled),
     "an unregistered class": _with(Unregistered),
     "two in a row": lambda: parametrize.register_parametrization(

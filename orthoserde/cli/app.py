@@ -24,8 +24,8 @@ from orthoserde.cli.show_reports import (
 )
 from orthoserde.cli.terminal import Output, complain, message_of
 from orthoserde.errors import CheckpointNotFoundError, FileAccessError, FileFormatError, OrthoserdeError
+from orthoserde.integrations import in_process
 from orthoserde.opening import open_checkpoint, rotations_of, stored_bytes
-from orthoserde.registry import default_registry
 from orthoserde.watching import watched
 
 #: Exit codes; the epilog says what they mean.
@@ -142,12 +142,12 @@ def inspect(
         if residuals:
             with Bar("measuring", 2 * manifest.nbytes) as bar:
                 measured = watched(found, bar.advance, verify=False)
-                report = audit.verify(measured, default_registry, rotations_of(path, found))
+                report = audit.verify(measured, in_process(None), rotations_of(path, found))
             value["verification"] = objects.of_verification(report)
             lines += [Text(), *show_residuals(report, output.width, everything=everything)]
         if plot:
             with Bar("drawing", manifest.nbytes) as bar:
-                picture = plots.plot(watched(found, bar.advance, verify=True), default_registry, plot)
+                picture = plots.plot(watched(found, bar.advance, verify=True), in_process(None), plot)
             value["plot"] = objects.of_picture(picture)
             lines += [Text(), *show_picture(picture, output.width)]
     if as_json:
@@ -166,7 +166,7 @@ def verify(path: Checkpoint, everything: All = False, as_json: Json = False) -> 
     output = Output()
     with open_checkpoint(path) as found, Bar("verifying", 2 * found.manifest.nbytes) as bar:
         checkpoint = watched(found, bar.advance, verify=False)
-        report = audit.verify(checkpoint, default_registry, rotations_of(path, found))
+        report = audit.verify(checkpoint, in_process(None), rotations_of(path, found))
     if as_json:
         output.json(objects.of_verification(report))
     else:
@@ -195,7 +195,7 @@ def diff(
         Bar("comparing", one.manifest.nbytes + two.manifest.nbytes) as bar,
     ):
         sides = [watched(each, bar.advance, verify=True) for each in (one, two)]
-        report = comparison.diff(sides[0], sides[1], default_registry, tolerance=tolerance)
+        report = comparison.diff(sides[0], sides[1], in_process(None), tolerance=tolerance)
     if as_json:
         output.json(objects.of_difference(report))
     else:

@@ -35,7 +35,7 @@ class Converted:
 
     Attributes:
         fidelity: The best that can be said of it.
-        remark: How it was saved, and what differs.
+        remark: How it was saved, and what differs: the end of what is said of it.
     """
 
     fidelity: Fidelity
@@ -62,7 +62,7 @@ class Forms:
             converted = self.converted.get(outcome.name)
             if converted is not None:
                 outcome.fidelity = min(outcome.fidelity, converted.fidelity)
-                outcome.action = f"{outcome.action}; {converted.remark}"
+                outcome.action += converted.remark
 
 
 def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, *, verify: bool) -> Forms:
@@ -105,7 +105,7 @@ def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registr
         for name, stored in names_of_kind.items()
         if kinds[stored] != kind
     )
-    remark = "saved as {}: the same state, whose weight rounds differently in this form"
+    remark = " from {}: the same state, whose weight rounds differently in this form"
     converted = {
         name: Converted(Fidelity.UNVERIFIED, remark.format(STRUCTURED if kind == ORTHOGONAL else ORTHOGONAL))
         for kind, names_of_kind in wanted.items()
@@ -144,8 +144,8 @@ def _as_converted(tensor: NormedTensor) -> Converted:
     if tensor.kind == SPECTRAL_NORM:
         # See Note [Power method] in orthoserde.parametrizations.hooks.
         remark = "equal in evaluation; in training the power method goes on from the other of its two vectors"
-        return Converted(Fidelity.UNVERIFIED, f"saved with {saved_as}: {remark}")
-    return Converted(Fidelity.EXACT, f"saved with {saved_as}")
+        return Converted(Fidelity.UNVERIFIED, f"; saved with {saved_as}: {remark}")
+    return Converted(Fidelity.EXACT, f"; saved with {saved_as}")
 
 
 def _names_of(tensor: NormedTensor) -> list[str]:

@@ -271,7 +271,8 @@ class _Planner:
             # A part may also come in under the name of a tensor that it is tied to.
             present = {part for part in required if id(ours[part]) in covered}
             if (theirs or present) and not self.settled.issuperset(prefixes):
-                odd = (required - present) | (theirs.keys() - ours.keys())
+                # Parts of a hooked tensor are plain tensors to a selection, and their local names are keys.
+                odd = ((required - present) | (theirs.keys() - ours.keys())) - self.left_out
                 if odd:
                     text = (
                         f"only part of its state is on both sides ({', '.join(sorted(odd))} is not), which is refused"

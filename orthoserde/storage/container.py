@@ -21,6 +21,10 @@ ALIGNMENT = 64
 
 MAX_HEADER_BYTES = 100_000_000
 
+#: More tensors than any one file of weights has. A header of 100 MB has room for ten times as many, each of them empty,
+#: and reading it would take half a minute and a gigabyte.
+MAX_TENSORS = 1 << 17
+
 #: Names of dtypes in the container, by torch's.
 CODES: dict[str, str] = {
     "bool": "BOOL",
@@ -109,9 +113,10 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
         start = stop
     text = json_values.encode_in_order(header).encode("utf-8")
     text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
-    if len(text) > MAX_HEADER_BYTES:
+    if len(text) > MAX_HEADER_BYTES or len(tensors) > MAX_TENSORS:
         raise FileFormatError(
-            f"the header needs {len(text)} bytes and readers accept {MAX_HEADER_BYTES}: too many tensors for one file"
+            f"{len(tensors)} tensors and a header of {len(text)} bytes: readers accept {MAX_TENSORS} tensors and "
+            f"{MAX_HEADER_BYTES} bytes in one file; use max_shard_size"
         )
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
@@ -130,9 +135,14 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> Header:
     """
     if not text.startswith(b"{"):
         raise FileFormatError(f"{where}: the header does not begin with '{{': not a safetensors file")
+    # Before it is parsed: names may be written in other ways, so this is not the last word.
+    if text.count(b'"data_offsets"') > MAX_TENSORS:
+        raise FileFormatError(f"{where}: the header speaks of more than {MAX_TENSORS} tensors")
     parsed = json_values.decode(text, f"{where}: header")
     if not isinstance(parsed, dict):
         raise FileFormatError(f"{where}: header: expected an object")
+    if len(parsed) > MAX_TENSORS + 1:
+        raise FileFormatError(f"{where}: the header speaks of more than {MAX_TENSORS} tensors")
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(item, str) for item in metadata.values()):
         raise FileFormatError(f"{where}: header: __metadata__ must hold strings alone")

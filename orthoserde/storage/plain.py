@@ -33,6 +33,7 @@ def write_plain(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but perhaps not durably.
         FileFormatError: Too many tensors for one header.
+        TornSaveError: A tensor of a live model changed meanwhile.
         UnsupportedModuleError: A tensor changed its size meanwhile.
     """
     manifest = checkpoint.manifest
@@ -56,6 +57,7 @@ def write_plain(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
                 size += len(block)
             if size - start != byte_size(*form):
                 raise UnsupportedModuleError(f"{name}: its size changed while it was being saved")
+        checkpoint.check_unchanged()
     return size
 
 

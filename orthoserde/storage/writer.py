@@ -33,6 +33,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         CommitUncertainError: The file is in place, but perhaps not durably.
         FileFormatError: Too many tensors for one header.
         ConfigError: The checkpoint was read from a file without configuration.
+        TornSaveError: A tensor of a live model changed meanwhile.
         UnsupportedModuleError: A tensor changed its size meanwhile.
     """
     if not checkpoint.manifest.has_configuration:
@@ -56,6 +57,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
             if size - start != byte_size(*container_form(records[key].dtype, records[key].shape)):
                 raise UnsupportedModuleError(f"{key}: its size changed while it was being saved")
             digests[key] = str(digest)
+        checkpoint.check_unchanged()
         file.seek(0)
         write_all(file, memoryview(file_header(_with_digests(manifest, digests))))
         # A file without tensors ends at its header; one with tensors was extended by the writes above.

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from orthoserde import _torch
 from orthoserde.errors import TrainingTrapWarning
-from orthoserde.registry import Registry, default_registry
+from orthoserde.integrations import in_process
+from orthoserde.registry import Registry
 from orthoserde.reports import SHOWN, Finding, Severity
 from orthoserde.traps import optimizers as held
 from orthoserde.traps import sharing, state
@@ -52,15 +53,16 @@ def diagnose(model: nn.Module, optimizer: Optimizers | None = None) -> list[Find
     """
     optimizers = held.optimizers_of(optimizer)
     inventory = take_inventory(model)
+    registry = in_process(None)
     found = list(sharing.autocast(inventory))
     with _torch.undisturbed():
         found += sharing.tied_originals(inventory)
         found += sharing.cached_copies(inventory)
-        found += _in_state(inventory, default_registry)
+        found += _in_state(inventory, registry)
         if optimizers:
             places = held.held_by(optimizers)
             found += held.householder_and_others(inventory, places)
-            found += held.outside_of_model(inventory, places, default_registry)
+            found += held.outside_of_model(inventory, places, registry)
             found += held.out_of_order(inventory, optimizers)
             found += held.states(inventory, places)
             found += held.membership(inventory, places)

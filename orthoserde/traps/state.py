@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
+from orthoserde.codec import residual_of
 from orthoserde.evaluate import codecs_of, computed
 from orthoserde.names import prefixes_in, prefixes_of
 from orthoserde.parametrizations.structured import Orthogonal
@@ -218,7 +219,7 @@ def _weight(tensor: ParametrizedTensor, registry: Registry) -> Iterator[Finding]
             return
         finite = is_finite(weight)
         codec, config = codecs[-1], codecs[-1].config(_torch.unwrap(tensor.parametrizations[-1]))
-        residual = codec.residual(weight) if finite else None
+        residual = residual_of(codec, weight, config) if finite else None
         admitted = not finite or config is None or codec.admits(weight, config)
     except Exception as error:  # whatever a user's codec raises, or torch for a dtype that an operation lacks
         lines = str(error).strip().splitlines() or [""]

@@ -174,8 +174,29 @@ def test_a_header_of_more_than_100_mb_is_not_written(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(container, "MAX_HEADER_BYTES", size)
     container.encode_header(tensor, {})
     monkeypatch.setattr(container, "MAX_HEADER_BYTES", size - 1)
-    with pytest.raises(FileFormatError, match=f"needs {size} bytes and readers accept {size - 1}"):
+    with pytest.raises(FileFormatError, match=f"header of {size} bytes: readers accept .* and {size - 1} bytes"):
         container.encode_header(tensor, {})
+
+
+def test_more_tensors_than_readers_take_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "MAX_TENSORS", 3)
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {f"t{i}": ("uint8", (0,)) for i in range(3)}
+    assert container.decode_header(container.encode_header(entries, {})[8:], 0, "file").entries.keys() == entries.keys()
+    with pytest.raises(FileFormatError, match=r"^4 tensors .* readers accept 3 tensors"):
+        container.encode_header({**entries, "more": ("uint8", (0,))}, {})
+
+
+@pytest.mark.parametrize("key", ["data_offsets", "d\\u0061ta_offsets"])
+def test_a_header_of_a_million_empty_tensors_is_refused_before_they_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    entry = f'{{"dtype":"U8","shape":[0],"{key}":[0,0]}}'
+    text = ("{" + ",".join(f'"{i:x}":{entry}' for i in range(container.MAX_TENSORS + 2)) + "}").encode()
+    looked_at: list[object] = []
+    monkeypatch.setattr(container, "_decode_entry", lambda value, _: looked_at.append(value))
+    with pytest.raises(FileFormatError, match="speaks of more than 131072 tensors"):
+        container.decode_header(text, 0, "file")
+    assert not looked_at
 
 
 def test_a_header_without_tensors_is_a_whole_file() -> None:

@@ -1,0 +1,1 @@
+"""Tests against models of transformers, geotorch and stacks of torch's own; run by ``nox -s ecosystem``."""

@@ -11,13 +11,13 @@ from typing import Literal, get_args
 
 from orthoserde import storage
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import ConfigError, FileAccessError
+from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
 from orthoserde.reports import shorten
-from orthoserde.transforms import bake, expand, to_hooks, to_parametrizations, unstructure
+from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
 from orthoserde.watching import Progress, no_progress, watched
 
@@ -135,7 +135,16 @@ def _dense(checkpoint: Checkpoint, registry: Registry) -> _Changed:
     structured = [r.name for r in checkpoint.manifest.parametrized if any(k.kind == STRUCTURED for k in r.chain)]
     if structured:
         notes.append(f"structured, so without a base, and written as they are: {shorten(structured)}")
-    return expand(checkpoint), tuple(notes)
+    return _whole(checkpoint), tuple(notes)
+
+
+def _whole(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with whole bases, whose columns make sense: else what follows from them would not either."""
+    expanded = expand(checkpoint)
+    problems = [problem for key in expanded.sources if (problem := check_columns(expanded, key)) is not None]
+    if problems:
+        raise DamagedFileError(f"{checkpoint.origin}: {problems[0]}")
+    return expanded
 
 
 def _compact(checkpoint: Checkpoint, registry: Registry) -> _Changed:
@@ -204,7 +213,7 @@ def _plain(checkpoint: Checkpoint) -> _Changed:
         notes.append(f"{len(manifest.left_out)} tensors of the model are not in the source; load it with strict=False")
     if manifest.aliases:
         notes.append(f"tied tensors stand under each of their names: {len(manifest.aliases)}")
-    whole = expand(_without(checkpoint.without_training(), manifest.computed))
+    whole = _whole(_without(checkpoint.without_training(), manifest.computed))
     manifest = dataclasses.replace(whole.manifest, has_configuration=False)
     return dataclasses.replace(whole, manifest=manifest), tuple(notes)
 

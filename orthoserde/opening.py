@@ -51,7 +51,7 @@ def rotations_of(path: str | os.PathLike[str], checkpoint: Checkpoint) -> list[s
 
 
 def files_at(path: str | os.PathLike[str]) -> list[str]:
-    """Paths of all files at a path: itself, or what is in the folder and in folders in it.
+    """Paths of the files that a checkpoint is made of: itself, or those in the folder.
 
     Raises:
         OSError: The system refuses to look.
@@ -59,10 +59,11 @@ def files_at(path: str | os.PathLike[str]) -> list[str]:
     name = os.fsdecode(path)
     if not os.path.isdir(name):
         return [name]
-    found: list[str] = []
-    for folder, _, names in os.walk(name):
-        found += [os.path.join(folder, each) for each in names]
-    return sorted(found)
+    if is_pyreft(name):
+        from orthoserde.integrations.pyreft import without_model  # noqa: PLC0415
+
+        return without_model.files_of(name)
+    return sorted(entry.path for entry in os.scandir(name) if entry.is_file())
 
 
 def stored_bytes(path: str | os.PathLike[str]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orthoserde import _torch, audit
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import ConfigError, OrthoserdeError
+from orthoserde.errors import ConfigError, FileAccessError, OrthoserdeError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
 from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
@@ -110,14 +110,17 @@ def plot(checkpoint: Checkpoint, registry: Registry, path: str | os.PathLike[str
 
 def _check_is_picture(path: str) -> None:
     """Refuse to replace what is no picture: above all, a checkpoint."""
+    if not os.path.exists(path):
+        return
+    if not os.path.isfile(path):  # a FIFO would be waited for
+        raise ConfigError(f"{path}: is no file; give another name")
     try:
         with open(path, "rb") as file:
-            if file.read(len(_PNG)) not in (_PNG, b""):
-                raise ConfigError(f"{path}: is there already, and is no PNG; give another name")
-    except FileNotFoundError:
-        return
-    except IsADirectoryError as error:
-        raise ConfigError(f"{path}: is a folder; give the name of a file") from error
+            start = file.read(len(_PNG))
+    except OSError as error:
+        raise FileAccessError(error.errno, f"cannot look what is there: {error.strerror}", path) from error
+    if start not in (_PNG, b""):
+        raise ConfigError(f"{path}: is there already, and is no PNG; give another name")
 
 
 def _rows(checkpoint: Checkpoint, registry: Registry) -> tuple[list[_Row], dict[str, str]]:

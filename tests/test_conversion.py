@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -20,8 +21,12 @@ from orthoserde import (
     Fidelity,
     FileAccessError,
     FileFormatError,
+    storage,
 )
+from orthoserde.capture import capture
+from orthoserde.checkpoint import LiveTensor
 from orthoserde.conversion import OURS, PLAIN, TORCH, ConversionReport, Form, convert
+from orthoserde.transforms import compact as compact_transform
 from tests.helpers import assert_same_state, bits, flip_bit, scramble_
 from tests.integrations.test_pyreft_folders import needs_reader
 
@@ -266,3 +271,15 @@ def test_selected_tensors_are_said(tmp_path: Path) -> None:
     assert_note(report, "load it with strict=False")
     loaded = load_file(tmp_path / "b.safetensors")
     assert bits(loaded["3.weight"]) == bits(model[3].weight)
+
+
+@pytest.mark.parametrize("form", ["dense", "torch"])
+def test_no_base_is_worked_out_of_columns_that_make_no_sense(form: Form, tmp_path: Path) -> None:
+    with capture(orthoserde.orthogonal(nn.Linear(9, 3)), orthoserde.Registry()) as live:
+        columns = compact_transform(live)
+        (key,) = [key for key in columns.sources if key.endswith(".columns")]
+        odd = {**columns.sources, key: LiveTensor(2 * columns.tensor(key))}
+        storage.write(dataclasses.replace(columns, sources=odd), tmp_path / "a")
+    with pytest.raises(DamagedFileError, match="not orthonormal"):
+        convert(tmp_path / "a", tmp_path / "b", form)
+    assert not (tmp_path / "b").exists()

@@ -94,7 +94,7 @@ def test_a_file_that_is_no_picture_is_not_replaced(path: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match="is no PNG"):
         draw(path, path)
     assert path.read_bytes() == before
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match="is no file"):
         draw(path, tmp_path)
 
 

@@ -23,7 +23,7 @@ from orthoserde.cli.show_reports import (
     show_verification,
 )
 from orthoserde.cli.terminal import Output, complain, message_of
-from orthoserde.errors import CheckpointNotFoundError, FileAccessError, FileFormatError, OrthoserdeError
+from orthoserde.errors import CheckpointNotFoundError, ConfigError, FileAccessError, FileFormatError, OrthoserdeError
 from orthoserde.integrations import in_process
 from orthoserde.opening import open_checkpoint, rotations_of, stored_bytes
 from orthoserde.watching import watched
@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except typer.Exit as ended:
         return ended.exit_code
+    except SystemExit:  # so typer ends where whoever reads its help has gone
+        return OK
     except (OrthoserdeError, OSError) as error:
         complain(message_of(error))
         return UNREADABLE
@@ -145,9 +147,15 @@ def inspect(
                 report = audit.verify(measured, in_process(None), rotations_of(path, found))
             value["verification"] = objects.of_verification(report)
             lines += [Text(), *show_residuals(report, output.width, everything=everything)]
+            if not report.ok:
+                lines.append(Text("NOT OK: orthoserde verify says more", style="bold red"))
         if plot:
-            with Bar("drawing", manifest.nbytes) as bar:
-                picture = plots.plot(watched(found, bar.advance, verify=True), in_process(None), plot)
+            try:
+                with Bar("drawing", manifest.nbytes) as bar:
+                    picture = plots.plot(watched(found, bar.advance, verify=True), in_process(None), plot)
+            except (ConfigError, plots.MissingPackageError, FileAccessError) as error:
+                complain(message_of(error))
+                return REFUSED
             value["plot"] = objects.of_picture(picture)
             lines += [Text(), *show_picture(picture, output.width)]
     if as_json:

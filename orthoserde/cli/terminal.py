@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,9 @@ PIPE_WIDTH, LEAST_WIDTH = 100, 60
 
 #: Characters of an error; names in it may be of any length.
 MOST_ERROR = 2000
+
+#: Between the lines of an error that lists what is wrong.
+_LISTED = re.compile(r"\n  (?:- )?")
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,10 @@ def complain(message: str) -> None:
 
 
 def message_of(error: BaseException) -> str:
-    """What an error says; of one of the system, without its number."""
+    """What an error says; of one of the system, without its number. What it lists goes into the line."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return str(error)
+    return _LISTED.sub(" - ", str(error))
 
 
 def is_terminal(stream: TextIO | None) -> bool:

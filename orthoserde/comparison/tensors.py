@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from orthoserde import audit, distances
-from orthoserde.checkpoint import Checkpoint, TensorSource
+from orthoserde.checkpoint import Checkpoint
 from orthoserde.comparison.report import PLAIN, Pair, TensorDifference
 from orthoserde.distances import Distance
 from orthoserde.json_values import JSON, differences
@@ -23,7 +23,9 @@ class Side:
     """One of the two checkpoints, its tensors by the names that modules have for them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.whole = expand(unstructure(to_parametrizations(checkpoint)))
+        self.given = unstructure(to_parametrizations(checkpoint))
+        self.whole = expand(self.given)
+        self.compact = {record.name: record for record in self.given.manifest.parametrized if record.columns()}
         manifest = self.whole.manifest
         self.has_configuration = manifest.has_configuration
         self.records = {record.name: record for record in manifest.parametrized}
@@ -61,10 +63,6 @@ class Side:
         """The record of a stored tensor, given its key or an alias."""
         return self.whole.manifest.tensors[self.whole.manifest.kept_key(key)]
 
-    def source(self, key: str) -> TensorSource:
-        """The elements of a stored tensor, likewise."""
-        return self.whole.sources[self.whole.manifest.kept_key(key)]
-
     def value(self, name: str, registry: Registry) -> Tensor:
         """The tensor that a name stands for; raises as ``audit.stored_weight`` does."""
         record = self.records.get(name)
@@ -88,7 +86,7 @@ def compare(one: Side, two: Side, name: str, registry: Registry) -> TensorDiffer
     state: Mapping[str, Distance] = {}
     comparable = shapes[0] == shapes[1]
     if kinds == (PLAIN, PLAIN):
-        values = _stored_distance(one, name, two, name) if comparable else None
+        values = _stored_distance(one.whole, name, two.whole, name) if comparable else None
         if values is not None and values.identical:
             return None
         return TensorDifference(name, kinds, shapes, dtypes, values=values, not_compared=_shapes_differ(comparable))
@@ -122,22 +120,33 @@ def _is_orthonormal(one: Side, two: Side, name: str) -> bool:
     return any(record.chain[-1].kind in _ORTHONORMAL for record in records)
 
 
-def _stored_distance(one: Side, ours: str, two: Side, theirs: str) -> Distance:
+def _stored_distance(a: Checkpoint, ours: str, b: Checkpoint, theirs: str) -> Distance:
+    left, right = a.manifest.kept_key(ours), b.manifest.kept_key(theirs)
     return distances.between_sources(
-        one.source(ours), one.stored(ours).dtype, two.source(theirs), two.stored(theirs).dtype
+        a.sources[left], a.manifest.tensors[left].dtype, b.sources[right], b.manifest.tensors[right].dtype
     )
 
 
 def _state(one: Side, two: Side, name: str) -> tuple[dict[str, Distance], bool]:
     """Stored tensors of a parametrized tensor that are not identical, and whether all could be compared."""
-    ours, theirs = _roles(one.records[name]), _roles(two.records[name])
+    if name in one.compact and name in two.compact:
+        # The columns stand for their bases, which may be n x n numbers for n.
+        return _roles_apart(one.given, one.compact[name], two.given, two.compact[name])
+    return _roles_apart(one.whole, one.records[name], two.whole, two.records[name])
+
+
+def _roles_apart(
+    a: Checkpoint, one: ParametrizedRecord, b: Checkpoint, two: ParametrizedRecord
+) -> tuple[dict[str, Distance], bool]:
+    ours, theirs = _roles(one), _roles(two)
     found: dict[str, Distance] = {}
     complete = ours.keys() == theirs.keys()
     for role in sorted(ours.keys() & theirs.keys()):
-        if one.stored(ours[role]).shape != two.stored(theirs[role]).shape:
+        left, right = a.manifest.kept_key(ours[role]), b.manifest.kept_key(theirs[role])
+        if a.manifest.tensors[left].shape != b.manifest.tensors[right].shape:
             complete = False
             continue
-        distance = _stored_distance(one, ours[role], two, theirs[role])
+        distance = _stored_distance(a, left, b, right)
         if not distance.identical:
             found[role] = distance
     return found, complete

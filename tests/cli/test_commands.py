@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,9 @@ recurrent.weight_hh_l0                 20  OFF THE CONSTRAINT
 """
 
 
+ROOT = Path(__file__).parent.parent.parent
+
+
 @pytest.fixture(autouse=True)
 def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
@@ -158,6 +162,25 @@ class TestInspect:
         value = json.loads(run("inspect", sound, "--plot", tmp_path / "p.png", "--residuals", "--json")[1])
         assert value["plot"]["shown"] == ["0.weight"]
         assert value["verification"]["residuals"]["0.weight"] < 1e-5
+
+    def test_a_picture_that_is_refused_is_3(self, run: Run, sound: Path, tmp_path: Path) -> None:
+        before = sound.read_bytes()
+        places = [sound, tmp_path, tmp_path / "none" / "p.png"]
+        if sys.platform != "win32":
+            os.mkfifo(tmp_path / "fifo")
+            places.append(tmp_path / "fifo")
+        for place in places:
+            code, out, err = run("inspect", sound, "--plot", place)
+            assert (code, out) == (3, "")
+            assert err.count("\n") == 1
+        assert sound.read_bytes() == before
+        save_file({"x": torch.ones(2)}, tmp_path / "plain")
+        assert run("inspect", tmp_path / "plain", "--plot", tmp_path / "p.png")[0] == 3
+
+    def test_residuals_say_what_is_wrong(self, run: Run) -> None:
+        _, out, _ = run("inspect", FOLDER / "norms.safetensors", "--residuals")
+        assert "OFF THE CONSTRAINT" in out
+        assert out.endswith("NOT OK: orthoserde verify says more\n")
 
     def test_json_has_everything(self, run: Run) -> None:
         value = json.loads(run("inspect", FOLDER / "users.safetensors", "--json")[1])
@@ -268,6 +291,13 @@ class TestConvert:
         assert (tmp_path / "x").read_bytes() == b"x"
         assert run("convert", sound, tmp_path / "x", "--to", "dense", "--force")[0] == 0
 
+    def test_a_list_of_what_is_wrong_is_one_line(self, run: Run, tmp_path: Path) -> None:
+        code, _, err = run("convert", FOLDER / "users.safetensors", tmp_path / "x", "--to", "baked")
+        assert code == 3
+        assert err.count("\n") == 1
+        assert "\\n" not in err
+        assert "cannot be computed from the file alone; load it into its model: - " in err
+
     def test_a_folder_that_is_not_there_is_3(self, run: Run, sound: Path, tmp_path: Path) -> None:
         code, _, err = run("convert", sound, tmp_path / "none" / "x", "--to", "dense")
         assert code == 3
@@ -362,6 +392,15 @@ def test_help_and_version_are_0(run: Run) -> None:
         assert (code, err) == (0, "")
         assert "Exit codes: 0 fine; 1 the answer is no" in out
     assert run("--version") == (0, f"orthoserde {orthoserde.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "convert"])
+def test_the_reference_has_every_option(command: str, run: Run) -> None:
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text("utf-8")
+    section = page.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"^\| `(--[a-z]+)", section, re.MULTILINE))
+    _, out, _ = run(command, "--help")
+    assert documented | {"--help"} == set(re.findall(r"--[a-z]+", out))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,6 +19,7 @@ from orthoserde import Registry, comparison
 from orthoserde.comparison import DiffReport
 from orthoserde.distances import Distance
 from orthoserde.opening import open_checkpoint
+from orthoserde.transforms.columns import ColumnsOfBase
 from tests.helpers import scramble_
 
 
@@ -240,3 +241,16 @@ def test_what_cannot_be_computed_is_said(tmp_path: Path) -> None:
     assert difference.values is None
     assert "was not registered" in difference.not_compared
     assert difference.state["original"].largest == 1.0
+
+
+def test_columns_are_compared_instead_of_their_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        orthoserde.save(orthoserde.orthogonal(nn.Linear(50, 2)), tmp_path / name, base="compact")
+
+    def refuse(source: ColumnsOfBase) -> None:
+        raise AssertionError("a base was worked out")
+
+    monkeypatch.setattr(ColumnsOfBase, "blocks", refuse)
+    difference = compare(tmp_path / "a", tmp_path / "b").tensors["weight"]
+    assert set(difference.state) == {"0.base"}
+    assert difference.values is not None

@@ -81,7 +81,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(default=False)
 def pyreft(session: nox.Session) -> None:
     """Run the tests and the pages' code blocks against the real pyreft, pyvene and transformers."""
-    session.install(f"torch=={TORCH}", "-e", ".[docs]", "hypothesis>=6.100")
+    session.install(f"torch=={TORCH}", "-e", ".[cli,docs]", "hypothesis>=6.100")
     session.install("--no-deps", *PYREFT)
     session.install(f"torch=={TORCH}", *PYREFT_NEEDS)
     session.run("pytest", "tests/pyreft", "tests/test_docs.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})

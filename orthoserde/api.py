@@ -19,6 +19,7 @@ from orthoserde.errors import ConfigError, FileFormatError
 from orthoserde.integrations import in_process
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
+from orthoserde.opening import open_checkpoint, rotations_of
 from orthoserde.registry import Registry, default_registry
 from orthoserde.reports import LoadReport, SaveReport, VerifyReport
 from orthoserde.restore import Legacy, build_model, restore
@@ -359,11 +360,11 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
     """Say what a file holds, without a model.
 
     Of a safetensors file, ours or another library's, the header alone is read, so this takes no longer for a large
-    file. (A state dict of ``torch.save`` has no header; it is read whole.) ``python -m orthoserde inspect FILE`` shows
-    the same as a table.
+    file. (A state dict of ``torch.save`` has no header; it is read whole.) ``orthoserde inspect PATH`` shows the
+    same as a tree.
 
     Args:
-        path: The file, or the folder or index of shards, of which all headers are read.
+        path: The file, the folder or index of shards, of which all headers are read, or a folder that pyreft wrote.
 
     Returns:
         Its tensors, parametrized tensors with their configuration, ties, modules and metadata. Of a file of another
@@ -388,7 +389,7 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
         >>> manifest.parametrized[0].chain[0].config["orthogonal_map"]
         'cayley'
     """
-    with _read(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         return checkpoint.manifest
 
 
@@ -400,8 +401,8 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
     what it takes in training: seconds for a matrix exponential of a few thousand rows.
 
     Args:
-        path: The file, or the folder or index of shards. One of another library has neither digests nor configuration;
-            ``report.digests`` says so.
+        path: The file, the folder or index of shards, or a folder that pyreft wrote. A file of another library has
+            neither digests nor configuration; ``report.digests`` says so.
         registry: Codecs of your own, whose constraints are to be measured; those added to
             ``orthoserde.default_registry`` by default. A class that was merely registered is never built.
 
@@ -425,8 +426,8 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
         >>> verified.residuals["weight"] < 1e-5
         True
     """
-    with _read(path) as checkpoint:
-        return audit.verify(checkpoint, in_process(registry))
+    with open_checkpoint(path) as checkpoint:
+        return audit.verify(checkpoint, in_process(registry), rotations_of(path, checkpoint))
 
 
 def _with_neighbours(registry: Registry, model: nn.Module) -> Registry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import residual_of
-from orthoserde.manifest import Manifest, ParametrizedRecord, join
+from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, join
 from orthoserde.parametrizations import is_built_in
+from orthoserde.parametrizations.orthogonal import OrthogonalCodec
+from orthoserde.probe import off_orthonormal
 from orthoserde.recompute import Link, Misfit, NotComputable, dry_weight_of, one_line, resolve, weight_of
 from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
@@ -22,8 +24,10 @@ from orthoserde.transforms import expand
 #: a float32 matrix of 4096 rows, whose exponential takes seconds.
 SCRATCH_BYTES = 64 << 20
 
+_ORTHOGONAL = OrthogonalCodec()
 
-def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
+
+def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[str] = ()) -> VerifyReport:
     """Check the digest of every tensor, and how far every computed tensor is from its constraint.
 
     Digests are read in blocks. Then one parametrized tensor at a time is read and computed; see Note [Dry run].
@@ -32,6 +36,8 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
         checkpoint: What a file holds. That it could be read says that its schema is sound.
         registry: The user's codecs. A class that was merely registered has no constraint that is known, so it is never
             built.
+        orthonormal: Keys of plain tensors that are computed weights with orthonormal columns, as a rotation of pyreft's
+            is; they are held to that too.
 
     Returns:
         What was found. A damaged or senseless tensor is an entry of the report, not an exception.
@@ -62,6 +68,19 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
                 residuals[record.name] = residual
                 if not admitted:
                     off_constraint.append(record.name)
+                elif (far := _base_error(stored, checkpoint)) is not None:
+                    misfits[record.name] = (
+                        f"the weight is on its constraint, but its base is off orthogonality by {far:.2g}, so that "
+                        "training leaves the constraint with the next step"
+                    )
+        for key in orthonormal:
+            if manifest.tensors[key].dtype not in ORTHONORMAL_DTYPES:
+                not_measured[key] = f"{manifest.tensors[key].dtype} is too coarse to be held to a constraint"
+                continue
+            weight = checkpoint.tensor(key)
+            residuals[key] = _ORTHOGONAL.residual(weight)
+            if not _ORTHOGONAL.admits(weight, {}):
+                off_constraint.append(key)
     return VerifyReport(
         path=checkpoint.origin,
         has_configuration=manifest.has_configuration,
@@ -75,14 +94,46 @@ def verify(checkpoint: Checkpoint, registry: Registry) -> VerifyReport:
     )
 
 
+def stored_weight(expanded: Checkpoint, record: ParametrizedRecord, registry: Registry) -> Tensor:
+    """The tensor that a parametrized one stands for, within the bounds of a verification.
+
+    Args:
+        expanded: A checkpoint whose bases are whole (``orthoserde.transforms.expand``).
+        record: One of its parametrized tensors.
+        registry: The user's codecs; a class that was merely registered is never built.
+
+    Raises:
+        NotComputable: It cannot be computed from the checkpoint alone; the message says why.
+        Misfit: The stored state is not one that the recorded configuration can have.
+    """
+    links = resolve(record, registry, registered=False)
+    return weight_of(expanded, record, links, max(SCRATCH_BYTES, expanded.manifest.nbytes))
+
+
+def _base_error(record: ParametrizedRecord, checkpoint: Checkpoint) -> float | None:
+    """How far the whole base of an orthogonal tensor is from orthogonal; None if it is, or if there is none.
+
+    A weight that was put into the first columns of another rotation's base looks right; see ``orthoserde.probe``.
+    """
+    for index, link in enumerate(record.chain):
+        if link.kind == ORTHOGONAL and link.tensors.get("base") == DENSE:
+            base = checkpoint.tensor(record.link_key(index, "base"))
+            if dtype_name(base.dtype) in ORTHONORMAL_DTYPES:
+                return off_orthonormal(base)
+    return None
+
+
 def _unrecorded(manifest: Manifest) -> dict[str, str]:
     """Parametrized tensors of a file without configuration: torch's keys give them away."""
     found: dict[str, str] = {}
     if not manifest.has_configuration:
+        recorded = {record.name for record in manifest.parametrized}
         for key in (*manifest.tensors, *manifest.aliases):
             parts = key.split(".")
             if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] in ("original", "original0"):
-                found[join(*parts[:-3], parts[-2])] = "the file has no configuration"
+                name = join(*parts[:-3], parts[-2])
+                if name not in recorded:
+                    found[name] = "the file has no configuration"
     return found
 
 

@@ -4,6 +4,7 @@ from orthoserde.storage.atomic import sync_folder
 from orthoserde.storage.format import FORBIDDEN_TENSOR_KEYS
 from orthoserde.storage.leftovers import remove_leftovers
 from orthoserde.storage.opening import read
+from orthoserde.storage.plain import write_plain, write_torch
 from orthoserde.storage.reader import read_file
 from orthoserde.storage.shards import write_shards
 from orthoserde.storage.writer import write
@@ -15,5 +16,7 @@ __all__ = [
     "remove_leftovers",
     "sync_folder",
     "write",
+    "write_plain",
     "write_shards",
+    "write_torch",
 ]

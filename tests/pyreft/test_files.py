@@ -135,11 +135,12 @@ def test_a_model_that_cannot_be_printed_is_saved_and_loaded(path: Path) -> None:
 
 def test_the_command_line_shows_and_verifies_a_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     orthoserde.save(build(LOREFT), path)
-    assert cli.main(["inspect", str(path)]) == cli.OK
+    assert cli.main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert f"interventions.{KEY.format(0, 0)}.rotate_layer\n" in shown
+    assert KEY.format(0, 0) in shown
+    assert "rotate_layer" in shown
     assert "pyvene>LoreftIntervention" in shown
-    assert cli.main(["verify", str(path)]) == cli.OK
+    assert cli.main(["verify", str(path)]) == 0
 
 
 @pytest.mark.parametrize("name", ["loreft", "loreft-one", "loreft-all"])

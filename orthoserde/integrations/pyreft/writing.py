@@ -125,7 +125,7 @@ def _write(checkpoint: Checkpoint, classes: Mapping[str, str], target: str, form
     base = _base_state(checkpoint, join(root.path, "model"))
     if base:
         states[BASE_MODEL_FILE] = base
-    return _make_folder(target, states, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return make_folder(target, states, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _parts(checkpoint: Checkpoint) -> tuple[ModuleRecord, list[ModuleRecord]]:
@@ -251,7 +251,20 @@ def _is_trained(checkpoint: Checkpoint, key: str) -> bool:
     return record.requires_grad or not record.parameter
 
 
-def _make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config: str) -> dict[str, int]:
+def make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config: str | None) -> dict[str, int]:
+    """Make a folder of files of ``torch.save``, whole or not at all.
+
+    Args:
+        target: The folder; it must not exist, or be empty.
+        states: State dicts by file name.
+        config: Text of its ``config.json``; None for none.
+
+    Returns:
+        Size in bytes of each file by name.
+
+    Raises:
+        FileAccessError: It is there and not empty, or the system refuses to write it.
+    """
     parent, name = os.path.split(target)
     temporary = os.path.join(parent, f".{name[:64]}.orthoserde-{secrets.token_hex(8)}")
     try:
@@ -268,10 +281,11 @@ def _make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config
                     file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
-            with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="utf-8") as text:
-                text.write(config)
-                text.flush()
-                os.fsync(text.fileno())
+            if config is not None:
+                with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="utf-8") as text:
+                    text.write(config)
+                    text.flush()
+                    os.fsync(text.fileno())
             sizes = {entry.name: entry.stat().st_size for entry in os.scandir(temporary)}
             if os.path.lexists(target):
                 os.rmdir(target)

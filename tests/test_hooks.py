@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -247,6 +247,16 @@ def test_a_configuration_of_odd_numbers_is_one_of_numbers(tmp_path: Path) -> Non
     (record,) = orthoserde.inspect(tmp_path / "m").parametrized
     assert record.chain[0].config == {"dim": 0, "eps": 0.0, "n_power_iterations": 1}
     assert orthoserde.load(layer, tmp_path / "m").fidelity is Fidelity.EXACT
+
+
+@pytest.mark.parametrize("dim", [-2, 1, None])
+@pytest.mark.parametrize("target", ["parametrization", "plain"])
+def test_any_dimension_that_torch_takes_goes_into_the_other_forms(dim: int | None, target: str, tmp_path: Path) -> None:
+    model = with_hook("weight_norm", nn.Linear(3, 4), dim=dim)
+    orthoserde.save(model, tmp_path / "m")
+    other = nn.Linear(3, 4) if target == "plain" else weight_norm(nn.Linear(3, 4), dim=cast("int", dim))
+    assert orthoserde.load(other, tmp_path / "m").fidelity is Fidelity.EXACT
+    assert same_bits(output_of(model), output_of(other))
 
 
 # Parts of the state
@@ -623,6 +633,34 @@ def test_a_selection_takes_a_parametrization_with_the_hook_inside(tmp_path: Path
 
 def _is(wanted: str, key: str, tensor: Tensor) -> bool:
     return key == wanted
+
+
+@pytest.mark.parametrize("wanted", ["inner.weight", "original"])
+def test_half_of_a_parametrization_with_a_hook_inside_is_refused_however_lenient_the_load(
+    wanted: str, tmp_path: Path
+) -> None:
+    state = {key: value for key, value in nested().state_dict().items() if wanted in key}
+    safetensors.torch.save_file(state, tmp_path / "m")
+    model = lived_in(nested())
+    before = snapshot(model)
+    with pytest.raises(IncompatibleModelError, match="weight: only part of its state is on both sides"):
+        orthoserde.load(model, tmp_path / "m", strict=False, registry=REGISTRY)
+    assert_unchanged(model, before)
+
+
+# Tensors that only look like those of a hook
+
+
+def test_a_model_with_tensors_of_these_names_and_a_weight_gets_them_as_they_are(tmp_path: Path) -> None:
+    state = with_hook("weight_norm", nn.Linear(3, 4)).state_dict()
+    safetensors.torch.save_file(dict(state), tmp_path / "m")
+    model: Any = nn.Linear(3, 4)
+    model.weight_g, model.weight_v = nn.Parameter(torch.zeros(4, 1)), nn.Parameter(torch.zeros(4, 3))
+    weight = model.weight.detach().clone()
+    report = orthoserde.load(model, tmp_path / "m", strict=False)
+    assert report.missing_keys == ["weight"]
+    assert same_bits(model.weight, weight)
+    assert same_bits(model.weight_g, state["weight_g"])
 
 
 # Everything else that looks at a model or a file

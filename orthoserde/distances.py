@@ -143,11 +143,6 @@ def _rotation_angles(one: Tensor, two: Tensor) -> Tensor:
     turn: Tensor = one.mH @ two
     if not turn.is_complex() and float(torch.linalg.slogdet(turn).sign) < 0:
         return torch.full((one.size(0),), math.inf, dtype=torch.float64)
-    skew = turn - turn.mH
-    if float(skew.abs().max()) < 1e-6 and float(turn.diagonal().real.min()) > 0:
-        # Close to I the logarithm is its skew part to third order, where eigenvalues have no digits left.
-        small: Tensor = torch.linalg.svdvals(skew / 2).asin()
-        return small
     angles: Tensor = torch.linalg.eigvals(turn).angle().abs()
     return angles
 

@@ -18,7 +18,7 @@ from orthoserde import ConfigError, DamagedFileError, FileAccessError, Registry,
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.storage import plain, write_plain, write_torch
+from orthoserde.storage import plain, write_plain, write_torch, writer
 from orthoserde.tensor_bytes import contiguous_strides, dtype_name
 from orthoserde.watching import no_progress, watched
 from tests.helpers import bits, flip_bit
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_earlier_file(
     path = tmp_path / "m"
     path.write_bytes(b"earlier")
     done: list[int] = []
-    write_all = plain.write_all
+    write_all = writer.write_all
 
     def refuse(file: io.FileIO, block: memoryview) -> None:
         if len(done) == writes:

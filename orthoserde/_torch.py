@@ -371,6 +371,18 @@ def changes_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def forget_old_weight_norm(module: nn.Module, tensor_name: str) -> None:
+    """Take off what ``parametrizations.weight_norm`` has registered on a module to load state dicts of the older hook.
+
+    Torch leaves it there when the parametrization is removed, and with it the module cannot be pickled.
+    """
+    for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
+        hook = getattr(wrapped, "hook", wrapped)
+        name = getattr(hook, "__qualname__", "")
+        if name == "weight_norm.<locals>._weight_norm_compat_hook" and _closed_over(hook, "name") == tensor_name:
+            del module._load_state_dict_pre_hooks[key]
+
+
 def remove_hooks(module: nn.Module, mine: Callable[[object], bool]) -> None:
     """Take the forward hooks and forward pre-hooks of which ``mine`` is true off this very module.
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from orthoserde import audit, storage
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import ConfigError
+from orthoserde.errors import ConfigError, FileFormatError
 from orthoserde.integrations import in_process
 from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
@@ -54,9 +54,10 @@ def save(
     select: Select = None,
     metadata: Mapping[str, str] | None = None,
     registry: Registry | None = None,
+    max_shard_size: int | str | None = None,
     debug: bool | Sink | None = None,
 ) -> SaveReport:
-    """Save a model, with the state and configuration of every parametrized tensor, to one safetensors file.
+    """Save a model, with the state and configuration of every parametrized tensor, to one safetensors file or several.
 
     Nothing of the model is disturbed: no forward is evaluated, no buffer, gradient, mode, version counter or random
     generator changes. When it returns, the file and its name are on the disk; until then the previous file is
@@ -66,7 +67,8 @@ def save(
         model: Any module of ordinary tensors, on any device: each of any shape, and of dtype bool, (u)int8 to (u)int64,
             float8_e4m3fn, float8_e5m2, float16, bfloat16, float32, float64, complex64 or complex128. ``torch.compile``,
             DDP, DataParallel and activation checkpointing are looked through. Tied tensors are stored once.
-        path: The file to create or replace. A symbolic link is followed.
+        path: The file to create or replace. A symbolic link is followed. With ``max_shard_size``, a folder; it is made
+            if there is none.
         optimizer: An optimizer whose state is saved along, or several by name. Its state is kept by the names of
             parameters, not by their numbers. All of its parameters must be the model's.
         state: What else training goes on from, by name: objects with ``state_dict`` and ``load_state_dict``
@@ -93,6 +95,10 @@ def save(
             and in the file, and a strict load does not ask for it.
         metadata: Strings of your own, kept in the file.
         registry: Names of your classes; those of ``orthoserde.register`` by default.
+        max_shard_size: The most bytes of tensors in one file, as a number or a string such as ``"5GB"`` (units are
+            powers of 1000). What is more is split into shards with an index, as Hugging Face's libraries do; what is
+            not is written as ``model.safetensors``. A previous checkpoint of ours in the folder is removed once the
+            new one stands. None writes one file, however large.
         debug: Report residuals, norms, bytes and seconds of each parametrized tensor: True to the ``orthoserde`` logger
             (level INFO), a callable to itself, as mappings; None to do as the environment variable ``ORTHOSERDE_DEBUG``
             says. Off, nothing is measured.
@@ -105,9 +111,12 @@ def save(
             or meta tensors, sparse layouts); every such place is listed, and nothing is written.
         ConfigError: A ``get_config`` returns other than JSON, ``metadata`` holds other than strings, ``select`` is
             something else or selects nothing, or ``base`` is none of these, or ``"compact"`` where that cannot be; the
-            optimizer holds parameters that the model does not have, or training state is of other types.
+            optimizer holds parameters that the model does not have, or training state is of other types; or
+            ``max_shard_size`` is not a size.
+        MissingPackageError: ``max_shard_size`` was given, and huggingface_hub is not installed.
         TypeError: ``model`` is no module, ``optimizer`` no optimizer, or ``state`` no mapping.
-        FileAccessError: The system refused something; the previous file is untouched.
+        FileAccessError: The system refused something, or a checkpoint of another library stands in the folder; the
+            previous file is untouched, unless the message says that the new one is saved.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
 
     Example:
@@ -135,7 +144,7 @@ def save(
         debug=debug,
     )
     warn_of_traps(model, optimizer)
-    return prepared.write(path)
+    return prepared.write(path, max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -150,10 +159,13 @@ class Prepared:
     checkpoint: Checkpoint
     measured: Callable[[], None]
 
-    def write(self, path: str | os.PathLike[str]) -> SaveReport:
-        """Write it to a file, and say what was saved; raises as :func:`save` does."""
+    def write(self, path: str | os.PathLike[str], max_shard_size: int | str | None = None) -> SaveReport:
+        """Write it to a file or a folder, and say what was saved; raises as :func:`save` does."""
         with self.checkpoint as checkpoint:
-            file_bytes = storage.write(checkpoint, path)
+            if max_shard_size is None:
+                file_bytes = storage.write(checkpoint, path)
+            else:
+                file_bytes = storage.write_shards(checkpoint, path, max_shard_size)
             report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
         self.measured()
         return report
@@ -222,9 +234,10 @@ def load(
 
     Args:
         model: The module to load into.
-        path: A file written by :func:`save`; or a state dict in a safetensors file of another library or in a file of
-            ``torch.save`` (torch 2.6 or newer), which has no configuration, so its parametrized tensors are
-            ``UNVERIFIED``; or, for a ``ReftModel``, a folder that pyreft or its trainer wrote.
+        path: A file or folder written by :func:`save`; or a state dict in a safetensors file of another library or in
+            a file of ``torch.save`` (torch 2.6 or newer), which has no configuration, so its parametrized tensors are
+            ``UNVERIFIED``; or the index of shards of either sort, or a folder that holds one of all these under a name
+            that Hugging Face's libraries give; or, for a ``ReftModel``, a folder that pyreft or its trainer wrote.
         strict: Refuse missing and unexpected keys, and ties that the model has lost. With False they are reported
             instead; anything else that does not fit is refused all the same.
         optimizer: An optimizer to load, or several by the names that they were saved with; made before the load or
@@ -306,7 +319,7 @@ def build(
     holds an adapter alone (see ``select`` of :func:`save`), the adapter is made.
 
     Args:
-        path: A file of :func:`save`.
+        path: A file or folder of :func:`save`.
         device: Where the model is constructed; the CPU by default.
         registry: Names of your classes; those of ``orthoserde.register`` by default.
 
@@ -333,7 +346,7 @@ def build(
         ...     orthoserde.build(f"{folder}/net.safetensors").layer.in_features
         3
     """
-    with storage.read(path) as checkpoint:
+    with _read(path) as checkpoint:
         registry = in_process(registry)
         if any(record.kind in _LOREFT for record in checkpoint.manifest.modules):
             # A module of our own, by a name that stands here: no file can have anything else imported.
@@ -351,7 +364,7 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
     same as a tree.
 
     Args:
-        path: The file, or a folder that pyreft wrote.
+        path: The file, the folder or index of shards, of which all headers are read, or a folder that pyreft wrote.
 
     Returns:
         Its tensors, parametrized tensors with their configuration, ties, modules and metadata. Of a file of another
@@ -388,8 +401,8 @@ def verify(path: str | os.PathLike[str], *, registry: Registry | None = None) ->
     what it takes in training: seconds for a matrix exponential of a few thousand rows.
 
     Args:
-        path: The file, or a folder that pyreft wrote. A file of another library has neither digests nor configuration;
-            ``report.digests`` says so.
+        path: The file, the folder or index of shards, or a folder that pyreft wrote. A file of another library has
+            neither digests nor configuration; ``report.digests`` says so.
         registry: Codecs of your own, whose constraints are to be measured; those added to
             ``orthoserde.default_registry`` by default. A class that was merely registered is never built.
 
@@ -447,13 +460,26 @@ def _open(
     path: str | os.PathLike[str], model: nn.Module, registry: Registry, extended: Registry, legacy: Legacy
 ) -> tuple[Checkpoint, Registry]:
     """The checkpoint at a path, and the registry by which its modules are to be compared."""
-    if not os.path.isdir(path) and extended is registry:
+    is_folder = os.path.isdir(path)
+    if not is_folder and extended is registry:
         return storage.read(path), registry
     from orthoserde.integrations import pyreft  # noqa: PLC0415
 
+    if is_folder and not pyreft.is_folder(path):
+        return storage.read(path), extended
     checkpoint, is_theirs = pyreft.read(path, model, extended, legacy)
     # pyreft's files do not say what their classes were made with, so there is nothing to compare.
     return checkpoint, registry if is_theirs else extended
+
+
+def _read(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at a path, for whoever has no model; without one, a folder of pyreft's means little."""
+    if os.path.isdir(path):
+        from orthoserde.integrations import pyreft  # noqa: PLC0415
+
+        if pyreft.is_folder(path):
+            raise FileFormatError(f"{os.fsdecode(path)}: a folder of pyreft's; only load reads it, into a ReftModel")
+    return storage.read(path)
 
 
 def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:

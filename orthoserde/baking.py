@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from orthoserde.errors import Problem, UnsupportedModuleError
 from orthoserde.evaluate import computed
 from orthoserde.integrations import in_process
 from orthoserde.manifest import join
+from orthoserde.names import prefixes_in, prefixes_of
 from orthoserde.parametrizations import codec_for_type
+from orthoserde.parametrizations.hooks import other_hooks
 from orthoserde.registration import unregister
 from orthoserde.registry import Registry
 from orthoserde.reports import BakeReport
@@ -24,10 +27,11 @@ from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
     """Make a model plain for serving, in place: what parametrizations and hooks compute becomes a plain tensor.
 
-    Weights are those of evaluation mode, bit for bit, and so are the outputs of the model; what constrains them in
-    training is gone. Removed are all parametrizations (``torch.nn.utils.parametrize``), torch's older hooks
+    Weights are those of evaluation mode, bit for bit, and so are the outputs of the model (but for rounding where a
+    parametrization gives overlapping memory, which no parameter can have); what constrains them in training is gone.
+    Removed are all parametrizations (``torch.nn.utils.parametrize``), torch's older hooks
     (``torch.nn.utils.weight_norm`` and ``spectral_norm``) and pruning (``torch.nn.utils.prune``). Buffers, training
-    mode and random state are kept. A tensor that had one original keeps its Parameter object.
+    mode and random state are kept. A tensor that had one original of its dtype keeps its Parameter object.
 
     Args:
         model: Any module.
@@ -38,8 +42,10 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
         What was baked.
 
     Raises:
-        UnsupportedModuleError: Something cannot be computed (on the meta device, an error in a parametrization), or an
-            original is tied to another tensor. All such are listed, and nothing has changed.
+        UnsupportedModuleError: Something cannot be computed (on the meta device, an error in a parametrization), an
+            original is tied to another tensor, or a hook is one that no parametrization has the state of (of a vector
+            or a complex tensor, of a subclass, or with tensors that were taken away). All such are listed, and nothing
+            has changed.
         TypeError: ``model`` is no module.
 
     Example:
@@ -54,9 +60,8 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
     """
     registry = in_process(registry)
     with _torch.undisturbed(), torch.no_grad():
-        inventory = take_inventory(model)
-        tensors = (*inventory.parametrized, *inventory.hooked)
-        problems = list(_in_the_way(inventory))
+        survey = _Survey(take_inventory(model))
+        tensors, problems = survey.tensors, list(survey.problems())
         weights: list[Tensor] = []
         for tensor in () if problems else tensors:
             try:
@@ -70,22 +75,82 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
                 _unhook(tensor, weight)
             else:
                 unregister(tensor.module, tensor.tensor_name, weight)
-        done = {tensor.name: _kinds_of(tensor, registry) for tensor in tensors} | _unprune(inventory)
-    replaced = [tensor.name for tensor in tensors if len(tensor.originals) > 1 or tensor.hook_names]
-    return BakeReport(done, tuple(replaced))
+        for pruned in survey.pruned:
+            prune.remove(pruned.module, pruned.name)  # type: ignore[no-untyped-call]
+        done = {tensor.name: _kinds_of(tensor, registry) for tensor in tensors}
+        done |= {join(pruned.paths[0], pruned.name): "pruning, a hook" for pruned in survey.pruned}
+    return BakeReport(done, tuple(tensor.name for tensor in tensors if _is_replaced(tensor)))
 
 
-def _in_the_way(inventory: Inventory) -> Iterator[Problem]:
-    """What has no values, and originals that other tensors are tied to, which would become the weight as well."""
-    places = Counter(id(slot.tensor) for slot in inventory.slots.values())
-    for tensor in (*inventory.parametrized, *inventory.hooked):
-        for original in tensor.originals.values():
-            if original.device.type == "meta":
-                yield Problem(tensor.name, "unsupported", "on the meta device, where it has no values; load it first")
-                break
-            if places[id(original)] > 1 + len(tensor.aliases):
-                yield Problem(tensor.name, "unsupported", "its original is tied to another tensor; untie it")
-                break
+@dataclass(frozen=True)
+class _Pruned:
+    """A tensor that is pruned: the paths of its module, the module and its name."""
+
+    paths: tuple[str, ...]
+    module: nn.Module
+    name: str
+
+
+class _Survey:
+    """What there is to bake, and what is in the way."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self._prefixes = {prefix for tensor in inventory.parametrized for prefix in prefixes_of(tensor)}
+        self._places = Counter(id(slot.tensor) for slot in inventory.slots.values())
+        modules: dict[int, tuple[nn.Module, list[str]]] = {}
+        for path, module in inventory.modules.items():
+            modules.setdefault(id(module), (module, []))[1].append(path)
+        self._modules = [(module, tuple(paths)) for module, paths in modules.values() if not self._is_part(paths)]
+        hooked = [tensor for tensor in inventory.hooked if "0.mask" not in tensor.hook_names]  # what is pruned is below
+        both = (*inventory.parametrized, *hooked)
+        self.tensors = [tensor for tensor in both if not self._is_part((tensor.module_path, *tensor.aliases))]
+        self.pruned = [
+            _Pruned(paths, module, name) for module, paths in self._modules for name in _torch.pruned_names(module)
+        ]
+
+    def _is_part(self, paths: Iterable[str]) -> bool:
+        """Whether a module with these paths stands within parametrizations alone, which go as a whole."""
+        return all(not self._prefixes.isdisjoint(prefixes_in(join(path, "_"))) for path in paths)
+
+    def problems(self) -> Iterator[Problem]:
+        """What has no values, originals that other tensors are tied to, and hooks that cannot be removed."""
+        for tensor in self.tensors:
+            if not tensor.hook_names and len(tensor.originals) < _count_of_originals(tensor):
+                yield Problem(tensor.name, "unsupported", "an original is no registered tensor, as when it is pruned")
+                continue
+            found = (self._unfit(original, 1 + len(tensor.aliases)) for original in tensor.originals.values())
+            text = next(filter(None, found), None)
+            if text is not None:
+                yield Problem(tensor.name, "unsupported", text)
+        for pruned in self.pruned:
+            original = _torch.own_parameters(pruned.module).get(f"{pruned.name}_orig")
+            text = "its pruning is not whole" if original is None else self._unfit(original, len(pruned.paths))
+            if text is not None:
+                yield Problem(join(pruned.paths[0], pruned.name), "unsupported", text)
+        for module, paths in self._modules:
+            for name in other_hooks(module):
+                text = (
+                    "its hook is not whole, of a class of your own, or of a vector or complex tensor; remove it before"
+                )
+                yield Problem(join(paths[0], name), "unsupported", text)
+
+    def _unfit(self, original: Tensor, count: int) -> str | None:
+        """Why an original, whose module has so many paths, cannot become the weight."""
+        if original.device.type == "meta":
+            return "on the meta device, where it has no values; load it first"
+        if self._places[id(original)] > count:
+            return "its original is tied to another tensor, which would become the weight too; untie it"
+        return None
+
+
+def _count_of_originals(tensor: ParametrizedTensor) -> int:
+    return len(_torch.original_names(_torch.parametrization_lists(tensor.module)[tensor.tensor_name]))
+
+
+def _is_replaced(tensor: ParametrizedTensor) -> bool:
+    """Whether its parameter is another object now."""
+    now = _torch.own_parameters(tensor.module).get(tensor.tensor_name)
+    return now is not None and all(now is not original for original in tensor.originals.values())
 
 
 def _weight_of(tensor: ParametrizedTensor, registry: Registry) -> Tensor:
@@ -93,9 +158,8 @@ def _weight_of(tensor: ParametrizedTensor, registry: Registry) -> Tensor:
     weight = computed(tensor, registry)
     if weight is None:
         weight = _evaluated(tensor)
-    buffers = [buffer for link in tensor.parametrizations for buffer in _torch.unwrap(link).buffers()]
-    state = {each.untyped_storage().data_ptr() for each in (*tensor.originals.values(), *buffers)}
-    return weight.clone() if weight.untyped_storage().data_ptr() in state else weight
+    # What was computed may be state itself, another tensor's too, or a small part of a large matrix.
+    return weight.detach().clone()
 
 
 def _evaluated(tensor: ParametrizedTensor) -> Tensor:
@@ -115,7 +179,7 @@ def _evaluated(tensor: ParametrizedTensor) -> Tensor:
             part.training = mode
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected a tensor, got a {type(weight).__name__}")
-    return weight.detach()
+    return weight
 
 
 def _kinds_of(tensor: ParametrizedTensor, registry: Registry) -> str:
@@ -129,25 +193,16 @@ def _kinds_of(tensor: ParametrizedTensor, registry: Registry) -> str:
 
 def _unhook(tensor: ParametrizedTensor, weight: Tensor) -> None:
     """Let torch remove its hook, and put in the weight of evaluation mode."""
-    trained = any(original.requires_grad for original in tensor.originals.values())
+    originals = list(tensor.originals.values())
     module, name = tensor.module, tensor.tensor_name
+    vars(module)[name] = weight  # torch takes it away first, and would fail where it has been taken away before
     if isinstance(tensor.parametrizations[0], _torch.WeightNormModule):
         remove_weight_norm(module, name)
     else:
         remove_spectral_norm(module, name)
+    if len(originals) == 1:
+        setattr(module, name, originals[0])
     plain = _torch.own_parameters(module)[name]
+    plain.grad = None
     plain.data = weight
-    plain.requires_grad_(trained)
-
-
-def _unprune(inventory: Inventory) -> dict[str, str]:
-    """Let torch make pruning permanent."""
-    done: dict[str, str] = {}
-    seen: set[int] = set()
-    for path, module in inventory.modules.items():
-        if id(module) not in seen:
-            seen.add(id(module))
-            for name in _torch.pruned_names(module):
-                prune.remove(module, name)  # type: ignore[no-untyped-call]
-                done[join(path, name)] = "pruning, a hook"
-    return done
+    plain.requires_grad_(any(original.requires_grad for original in originals))

@@ -14,7 +14,7 @@ from orthoserde._version import __version__
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, LiveTensor, TensorSource
 from orthoserde.codec import Codec, own_tensors
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
-from orthoserde.evaluate import codecs_of, computed
+from orthoserde.evaluate import codecs_of, computed, spoken_for
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
@@ -209,7 +209,7 @@ def weight_shape(tensor: ParametrizedTensor, registry: Registry) -> torch.Size |
 
 def _module_records(inventory: Inventory, registry: Registry) -> list[ModuleRecord]:
     records: list[ModuleRecord] = []
-    links = {id(_torch.unwrap(link)) for tensor in inventory.parametrized for link in tensor.parametrizations}
+    links = spoken_for(inventory.parametrized, registry)
     for path, module in inventory.modules.items():
         codec = registry.for_type(_torch.class_before_parametrizations(module))
         if codec is not None and id(module) not in links:

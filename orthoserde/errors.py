@@ -167,6 +167,10 @@ class LoadInterruptedError(OrthoserdeError, RuntimeError):
     """
 
 
+class MissingPackageError(OrthoserdeError, ImportError):
+    """What was asked for needs a package that is not installed, or a newer one; the message says how to install it."""
+
+
 class ProofError(OrthoserdeError, RuntimeError):
     """``prove`` came to no result: a function cannot be run in a new process, or raised there, or the process ended.
 

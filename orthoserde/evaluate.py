@@ -6,11 +6,14 @@ numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.codec import Codec, residual_of
 from orthoserde.parametrizations import codec_for_type
+from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.walk import ParametrizedTensor
 
@@ -21,6 +24,21 @@ def codecs_of(tensor: ParametrizedTensor, registry: Registry) -> list[Codec | No
         codec_for_type(registry, _torch.class_before_parametrizations(_torch.unwrap(parametrization)))
         for parametrization in tensor.parametrizations
     ]
+
+
+def spoken_for(tensors: Iterable[ParametrizedTensor], registry: Registry) -> set[int]:
+    """Ids of all modules that the records of parametrized tensors say all of.
+
+    These are their parametrizations, and what is inside of one whose codec says all of it. A class that was merely
+    registered may have been given its parts.
+    """
+    found: set[int] = set()
+    for tensor in tensors:
+        for link, codec in zip(tensor.parametrizations, codecs_of(tensor, registry), strict=True):
+            inside = _torch.unwrap(link)
+            whole = codec is not None and not isinstance(codec, RegisteredClass)
+            found |= {id(part) for part in inside.modules()} if whole else {id(inside)}
+    return found
 
 
 def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:

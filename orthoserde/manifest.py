@@ -39,11 +39,13 @@ STRUCTURED = "orthoserde>orthogonal"
 
 WEIGHT_NORM = "torch>weight_norm"
 SPECTRAL_NORM = "torch>spectral_norm"
+FAKE_SPARSITY = "torch>fake_sparsity"
 
 #: By kind, what an older hook of torch adds to the name of the tensor: for each original and each tensor of its own.
 HOOK_SUFFIXES: Mapping[str, Mapping[str, str]] = {
     WEIGHT_NORM: {"original0": "_g", "original1": "_v"},
     SPECTRAL_NORM: {"original": "_orig", "_u": "_u", "_v": "_v"},
+    FAKE_SPARSITY: {"original": "_orig", "mask": "_mask"},
 }
 
 

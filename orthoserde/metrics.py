@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orthoserde import _torch, evaluate
 from orthoserde.codec import own_tensors
 from orthoserde.registry import Registry
-from orthoserde.walk import ParametrizedTensor, parametrized_tensors
+from orthoserde.walk import ParametrizedTensor, take_inventory
 
 #: Takes one mapping for each parametrized tensor: names of metrics to strings and numbers, None where not measured.
 Sink = Callable[[Mapping[str, object]], None]
@@ -48,13 +48,13 @@ def _log(metrics: Mapping[str, object]) -> None:
 
 
 class Watch:
-    """Measures the parametrized tensors of a model before something happens to it, and after."""
+    """Measures what parametrizations and hooks compute in a model before something happens to it, and after."""
 
     def __init__(self, event: str, model: nn.Module, registry: Registry) -> None:
         self._event = event
         self._model = model
         self._registry = registry
-        self._before = {tensor.name: _residual(tensor, registry) for tensor in parametrized_tensors(model)}
+        self._before = {tensor.name: _residual(tensor, registry) for tensor in _tensors(model)}
         self._start = time.perf_counter()
 
     def report(self, sink: Sink) -> None:
@@ -65,7 +65,7 @@ class Watch:
         whole save or load.
         """
         seconds = time.perf_counter() - self._start
-        for tensor in parametrized_tensors(self._model):
+        for tensor in _tensors(self._model):
             parts = [value for link in tensor.parametrizations for value in own_tensors(_torch.unwrap(link)).values()]
             base = own_tensors(_torch.unwrap(tensor.parametrizations[0])).get("base")
             sink(
@@ -82,6 +82,11 @@ class Watch:
                     "seconds": seconds,
                 }
             )
+
+
+def _tensors(model: nn.Module) -> tuple[ParametrizedTensor, ...]:
+    inventory = take_inventory(model)
+    return (*inventory.parametrized, *inventory.hooked)
 
 
 def _residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:

@@ -48,7 +48,8 @@ def parts_by_prefix(keys: Iterable[str], hooked: Mapping[str, str]) -> dict[str,
     """Keys of the parts of each parametrized tensor, by what they begin with, or stand under in ``hooked``."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        for prefix in [hooked[key]] if key in hooked else prefixes_in(key):
+        # A hook may stand within a parametrization, and its tensors are part of both.
+        for prefix in [*prefixes_in(key), *([hooked[key]] if key in hooked else [])]:
             found.setdefault(prefix, []).append(key)
     return found
 

@@ -69,24 +69,33 @@ def unregister(module: nn.Module, name: str, weight: Tensor) -> None:
     held = {**_torch.own_buffers(parametrized), **_torch.own_parameters(parametrized)}
     originals = [tensor for each in _torch.original_names(parametrized) if (tensor := held[each]) is not None]
     parameter = all(isinstance(original, nn.Parameter) for original in originals)
-    if len(originals) == 1 and originals[0].dtype == weight.dtype:
+    if len(originals) == 1 and (originals[0].dtype, originals[0].device) == (weight.dtype, weight.device):
         plain = originals[0]
         plain.grad = None
         plain.data = weight
     elif parameter:
-        plain = nn.Parameter(weight, requires_grad=any(original.requires_grad for original in originals))
+        trained = any(original.requires_grad for original in originals)
+        can_be = weight.is_floating_point() or weight.is_complex()
+        plain = nn.Parameter(weight, requires_grad=trained and can_be)
     else:
         plain = weight
     lists = cast("nn.ModuleDict", _torch.child_modules(module)["parametrizations"])
-    delattr(type(module), name)
     del lists[name]
+    module.__class__ = _class_without(type(module), name) if len(lists) else type(module).__bases__[0]
     if parameter:
         module.register_parameter(name, cast("nn.Parameter", plain))
     else:
         module.register_buffer(name, plain)
     if not len(lists):
         del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
+    _torch.forget_old_weight_norm(module, name)
+
+
+def _class_without(cls: type, name: str) -> type:
+    """A class that torch made for parametrized modules, less one property: copies of a module have that class too."""
+    kept = {key: value for key, value in vars(cls).items() if key not in (name, "__dict__", "__weakref__")}
+    without: type = type(cls)(cls.__name__, cls.__bases__, kept)
+    return without
 
 
 class _Given(nn.Module):

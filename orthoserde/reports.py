@@ -33,8 +33,8 @@ class SaveReport:
     """What was saved.
 
     Attributes:
-        path: The file.
-        file_bytes: Its size in bytes.
+        path: The file, or the folder of shards.
+        file_bytes: Its size in bytes; of shards, that of all of them and of their index.
         tensors: Number of stored tensors.
         parametrized: Number of parametrized tensors among what was saved.
         aliases: Names of tied tensors that were stored under another name, with that name.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthoserde import _torch
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.manifest import join
-from orthoserde.names import prefixes_in, prefixes_of
+from orthoserde.names import hook_prefixes, prefixes_in, prefixes_of
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.walk import Inventory, Slot, identity
@@ -107,10 +107,11 @@ def _is_trainable(module: nn.Module) -> bool:
 def _bound_to(wanted: Iterable[str], tensors: Mapping[str, Tensor], inventory: Inventory) -> set[str]:
     """Keys of what goes with the wanted tensors: the other parts of parametrized ones, other names of tied ones."""
     whole = {prefix for tensor in inventory.parametrized for prefix in prefixes_of(tensor)}
+    hooked = hook_prefixes(inventory.hooked)
     groups: dict[object, list[str]] = {}
     groups_of: dict[str, list[object]] = {}
     for key, tensor in tensors.items():
-        outermost = next((prefix for prefix in prefixes_in(key) if prefix in whole), None)
+        outermost = next((prefix for prefix in prefixes_in(key) if prefix in whole), None) or hooked.get(key)
         groups_of[key] = [identity(tensor)] if outermost is None else [identity(tensor), outermost]
         for group in groups_of[key]:
             groups.setdefault(group, []).append(key)

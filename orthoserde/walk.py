@@ -239,7 +239,7 @@ def _hooked_of(module: nn.Module, path: str, aliases: tuple[str, ...]) -> Iterat
             parametrizations=(weight.parametrization,),
             originals=weight.originals,
             parameter=True,
-            unsafe=False,
+            unsafe=weight.unsafe,
             aliases=aliases,
             hook_names=weight.names,
         )

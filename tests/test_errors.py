@@ -36,6 +36,7 @@ EXAMPLES: list[tuple[OrthoserdeError, type[Exception]]] = [
     (errors.CommitUncertainError(errno.EIO, "what", "some/file"), OSError),
     (errors.BackgroundSaveError("what"), RuntimeError),
     (errors.LoadInterruptedError("what"), RuntimeError),
+    (errors.MissingPackageError("what"), ImportError),
     (errors.ProofError("what"), RuntimeError),
 ]
 

@@ -10,11 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.ao.pruning.sparsifier.utils import FakeSparsity
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import orthoserde
 from orthoserde import Fidelity, IncompatibleModelError, LegacyCheckpointWarning
@@ -71,6 +73,16 @@ def _orthogonal(*, structured: bool) -> Make:
     return _each(apply)
 
 
+def _prune(layer: nn.Module, _: int) -> None:
+    prune.random_unstructured(layer, "weight", amount=0.4)  # type: ignore[no-untyped-call]
+
+
+def _mask(layer: nn.Module, _: int) -> None:
+    weight = cast("Tensor", layer.weight)
+    mask = (torch.rand(weight.shape) < 0.6).to(weight.dtype)
+    parametrize.register_parametrization(layer, "weight", FakeSparsity(mask))  # type: ignore[no-untyped-call]
+
+
 KINDS = {
     "weight_norm": Kind(
         _each(lambda layer, dim: nn.utils.weight_norm(layer, dim=dim)),
@@ -83,6 +95,7 @@ KINDS = {
         power_method=True,
         eps=100,
     ),
+    "pruning": Kind(_each(_prune), _each(_mask)),
     "orthogonal": Kind(None, _orthogonal(structured=False)),
     "orthogonal, structured": Kind(None, _orthogonal(structured=True)),
 }

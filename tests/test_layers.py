@@ -100,6 +100,7 @@ SIDEWAYS = {
     ("integrations", "restore"),
     ("traps", "integrations"),
     ("baking", "integrations"),
+    ("transforms", "names"),
     ("transforms", "parametrizations"),
     ("evaluate", "parametrizations"),
     ("evaluate", "walk"),

@@ -21,7 +21,7 @@ SIGNATURES = {
     "build": "(path, *, device=None, registry=None)",
     "save": (
         "(model, path, *, optimizer=None, state=None, rng=False, base='auto', include_weights=False, select=None, "
-        "metadata=None, registry=None, debug=None)"
+        "metadata=None, registry=None, max_shard_size=None, debug=None)"
     ),
     "load": (
         "(model, path, *, strict=True, optimizer=None, state=None, rng=False, reset=(), legacy='inference', "
@@ -52,6 +52,7 @@ ERRORS = {
     "FormatVersionError": ValueError,
     "IncompatibleModelError": RuntimeError,
     "LoadInterruptedError": RuntimeError,
+    "MissingPackageError": ImportError,
     "OrthoserdeError": Exception,
     "ProofError": RuntimeError,
     "RegistrationError": ValueError,
@@ -126,9 +127,11 @@ def test_a_docstring_names_every_argument(function: str) -> None:
         assert f"    {parameter}: " in text
 
 
-def test_a_checkpoints_save_takes_every_argument_of_a_save() -> None:
+def test_a_checkpoints_save_takes_every_argument_of_a_save_but_that_of_folders() -> None:
     of_save = inspect.signature(orthoserde.save).parameters
-    passed_on = {name for name, each in of_save.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    passed_on = {name for name, each in of_save.items() if each.kind is inspect.Parameter.KEYWORD_ONLY} - {
+        "max_shard_size"
+    }
     assert set(SaveArguments.__annotations__) == passed_on
 
 

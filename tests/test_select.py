@@ -178,12 +178,12 @@ def test_an_average_of_a_model_with_an_adapter_goes_on(path: Path) -> None:
     assert int(other.n_averaged) == 1
 
 
-def test_the_running_vectors_of_old_spectral_norm_are_kept(path: Path) -> None:
+def test_the_running_vectors_of_old_spectral_norm_are_kept_and_the_weight_that_they_belong_to(path: Path) -> None:
     model = Base()
     model.old = nn.utils.spectral_norm(nn.Linear(3, 3)).requires_grad_(False)
     orthoserde.save(model, path, registry=registry)
-    assert {"old.weight_u", "old.weight_v"} <= keys(path)
-    assert "old.weight_orig" not in keys(path)
+    assert {"old.weight_u", "old.weight_v", "old.weight_orig"} <= keys(path)
+    assert "old.bias" not in keys(path)
 
 
 @pytest.mark.parametrize("select", ["adapter", 3, ["0.weight"], True, torch.ones(2)])

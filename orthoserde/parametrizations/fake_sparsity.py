@@ -12,8 +12,7 @@ from orthoserde import _torch
 from orthoserde.codec import own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
-
-KIND = "torch>fake_sparsity"
+from orthoserde.manifest import FAKE_SPARSITY
 
 
 class FakeSparsityCodec:
@@ -26,7 +25,7 @@ class FakeSparsityCodec:
     Source: torch/ao/pruning/sparsifier/utils.py (torch 2.13).
     """
 
-    kind = KIND
+    kind = FAKE_SPARSITY
     version = 1
 
     def __init__(self, cls: type[nn.Module]) -> None:
@@ -109,7 +108,7 @@ def for_type(cls: type[nn.Module]) -> FakeSparsityCodec | None:
 
 def for_kind(kind: str) -> FakeSparsityCodec | None:
     """The codec, if this is its kind and this torch has the class, which is imported only then."""
-    if kind != KIND:
+    if kind != FAKE_SPARSITY:
         return None
     try:
         from torch.ao.pruning.sparsifier.utils import FakeSparsity  # noqa: PLC0415

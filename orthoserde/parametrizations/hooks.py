@@ -1,7 +1,8 @@
 """Older hooks of torch, seen as the parametrizations that they are.
 
-``torch.nn.utils.weight_norm`` and ``torch.nn.utils.spectral_norm`` keep the unconstrained tensors in the module itself,
-under names of their own, and compute the weight before each forward.
+``torch.nn.utils.weight_norm``, ``torch.nn.utils.spectral_norm`` and ``torch.nn.utils.prune`` keep the unconstrained
+tensors in the module itself, under names of their own, and compute the weight before each forward. A pruned tensor is
+what ``torch.ao.pruning.FakeSparsity`` makes of the same tensors.
 
 Note [Power method]
 Both forms of spectral normalisation have the same state and the same weight in evaluation mode. In training mode each
@@ -28,7 +29,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from orthoserde import _torch
 from orthoserde.codec import Codec
 from orthoserde.json_values import JSON
-from orthoserde.manifest import HOOK_SUFFIXES, SPECTRAL_NORM, WEIGHT_NORM
+from orthoserde.manifest import FAKE_SPARSITY, HOOK_SUFFIXES, SPECTRAL_NORM, WEIGHT_NORM
+from orthoserde.parametrizations import fake_sparsity
 from orthoserde.parametrizations.spectral_norm import SpectralNormCodec
 from orthoserde.parametrizations.weight_norm import WeightNormCodec
 
@@ -42,25 +44,46 @@ class HookedWeight:
         parametrization: What computes the same, holding the tensors of the hook itself.
         originals: The unconstrained tensors, by the names that a parametrization would give them.
         names: Names of its tensors in the module, by ``original...`` and ``0.role``.
+        unsafe: Whether torch registers that parametrization with ``unsafe=True``.
     """
 
     tensor_name: str
     parametrization: nn.Module
     originals: Mapping[str, Tensor]
     names: Mapping[str, str]
+    unsafe: bool
 
 
 def hooked_weights(module: nn.Module) -> Iterator[HookedWeight]:
-    """Tensors of this very module that an older hook of torch computes, where the hook has all that it had at first."""
+    """Tensors of this very module that an older hook of torch computes, where the hook has all that it had at first.
+
+    Subclasses of the hooks' classes may compute something else: what they keep is plain tensors.
+    """
     for hook in _torch.forward_pre_hooks(module):
-        if isinstance(hook, WeightNorm):
+        found: HookedWeight | None
+        if type(hook) is WeightNorm:
             found = _weight_normed(module, hook.name, hook.dim)
-        elif isinstance(hook, SpectralNorm):
+        elif type(hook) is SpectralNorm:
             found = _spectral_normed(module, hook)
         else:
             continue
         if found is not None:
             yield found
+    for name in dict.fromkeys(_torch.pruned_names(module)):
+        found = _pruned(module, name)
+        if found is not None:
+            yield found
+
+
+def other_hooks(module: nn.Module) -> Iterator[str]:
+    """Names of tensors of this very module that hooks of these kinds compute in a way that is no parametrization's.
+
+    Of vectors and complex tensors under spectral normalisation, of subclasses, or with tensors that were taken away.
+    """
+    known = {weight.tensor_name for weight in hooked_weights(module)}
+    for hook in _torch.forward_pre_hooks(module):
+        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name not in known:
+            yield hook.name
 
 
 def hook_names(kind: str, tensor_name: str) -> dict[str, str]:
@@ -75,13 +98,15 @@ def configs_by_shapes(kind: str, shapes: Mapping[str, Sequence[int]]) -> list[di
     """Configurations that the shapes of tensors allow.
 
     Args:
-        kind: Weight or spectral normalisation.
+        kind: A kind with hooks.
         shapes: By the name of an original, or the role in the parametrization.
 
     Returns:
         Those that differ in ``dim`` alone, ``eps`` and ``n_power_iterations`` being torch's defaults; none if the
         shapes are not such as this kind has.
     """
+    if kind == FAKE_SPARSITY:
+        return [{}] if shapes["original"] == shapes["mask"] else []
     weight_norm = kind == WEIGHT_NORM
     originals = {part: size for part, size in shapes.items() if part.startswith("original")}
     roles = {part: size for part, size in shapes.items() if part not in originals}
@@ -118,7 +143,7 @@ def _weight_normed(module: nn.Module, tensor_name: str, dim: int) -> HookedWeigh
     if not parameters.keys() >= set(names.values()):
         return None
     originals = {part: parameters[name] for part, name in names.items()}
-    return HookedWeight(tensor_name, WeightNormCodec.type(dim), originals, names)
+    return HookedWeight(tensor_name, WeightNormCodec.type(dim), originals, names, unsafe=True)
 
 
 def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | None:
@@ -128,8 +153,24 @@ def _spectral_normed(module: nn.Module, hook: SpectralNorm) -> HookedWeight | No
     # A vector has no power method as a parametrization, so the hook has no such form there, nor for complex weights.
     if original is None or None in own.values() or original.ndim < 2 or original.is_complex():
         return None
-    config = {"dim": hook.dim % original.ndim, "eps": hook.eps, "n_power_iterations": hook.n_power_iterations}
+    config = {
+        "dim": int(hook.dim) % original.ndim,
+        "eps": float(hook.eps),
+        "n_power_iterations": int(hook.n_power_iterations),
+    }
     parametrization = SpectralNormCodec().build(config, original)
     for role in ("_u", "_v"):
         _torch.set_buffer(parametrization, role, own[names[f"0.{role}"]])
-    return HookedWeight(hook.name, parametrization, {"original": original}, names)
+    return HookedWeight(hook.name, parametrization, {"original": original}, names, unsafe=False)
+
+
+def _pruned(module: nn.Module, tensor_name: str) -> HookedWeight | None:
+    names = hook_names(FAKE_SPARSITY, tensor_name)
+    original = _torch.own_parameters(module).get(names["original"])
+    mask = _torch.own_buffers(module).get(names["0.mask"])
+    codec = fake_sparsity.for_kind(FAKE_SPARSITY)
+    if original is None or mask is None or codec is None or original.shape != mask.shape:
+        return None
+    parametrization = codec.build({}, original)
+    _torch.set_buffer(parametrization, "mask", mask)
+    return HookedWeight(tensor_name, parametrization, {"original": original}, names, unsafe=False)

@@ -60,14 +60,18 @@ class WeightNormCodec:
     def check(
         self, config: Mapping[str, JSON], originals: Mapping[str, Sequence[int]], roles: Mapping[str, Sequence[int]]
     ) -> str | None:
-        """A magnitude and a direction: of size 1 in every dimension but ``dim``, or a scalar for -1."""
+        """A magnitude and a direction: of size 1 in every dimension but ``dim``, or a scalar for -1.
+
+        Torch counts other negative dimensions from the last.
+        """
         dim = config.get("dim")
         if set(originals) != {"original0", "original1"} or roles or type(dim) is not int:
             return f"expected original0, original1 and an integer dim, got {sorted(originals)} and {dim}"
         direction = list(originals["original1"])
-        if not -1 <= dim < len(direction):
+        if not (-len(direction) <= dim < len(direction) or dim == -1):
             return f"dim {dim} is not one of a tensor of the shape {direction}"
-        magnitude = [size if i == dim else 1 for i, size in enumerate(direction)] if dim >= 0 else []
+        kept = dim % len(direction) if direction else dim
+        magnitude = [] if dim == -1 else [size if i == kept else 1 for i, size in enumerate(direction)]
         if list(originals["original0"]) != magnitude:
             return f"expected a magnitude of the shape {magnitude}, got {list(originals['original0'])}"
         return None

@@ -14,6 +14,7 @@ from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
 from orthoserde.parametrizations.structured import Orthogonal
+from orthoserde.recompute import one_line
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity, LoadReport, TensorReport, shorten
 from orthoserde.restore.apply import apply
@@ -25,7 +26,7 @@ from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
 from orthoserde.training import NOTHING, Targets, plan_training
 from orthoserde.transforms import expand
-from orthoserde.walk import take_inventory
+from orthoserde.walk import ParametrizedTensor, take_inventory
 
 
 def restore(
@@ -116,8 +117,18 @@ def _settle(plan: Plan, registry: Registry) -> None:
             if isinstance(link, Orthogonal):
                 link.settle()
         for tensor in take_inventory(outcome.module).hooked if chain is None else ():
-            if tensor.module is outcome.module and tensor.tensor_name in vars(outcome.module):
-                vars(outcome.module)[tensor.tensor_name] = evaluate.computed(tensor, registry)
+            if tensor.module is not outcome.module or tensor.tensor_name != outcome.tensor_name:
+                continue
+            if tensor.tensor_name in vars(outcome.module):
+                _settle_hook(tensor, plan, registry)
+
+
+def _settle_hook(tensor: ParametrizedTensor, plan: Plan, registry: Registry) -> None:
+    """Give a module the weight that its hook would compute in evaluation mode."""
+    try:
+        vars(tensor.module)[tensor.tensor_name] = evaluate.computed(tensor, registry)
+    except RuntimeError as error:  # torch has no such operation for these dtypes, nor will the hook have
+        plan.notes.append(f"{tensor.name}: its state is loaded, and its weight cannot be computed: {one_line(error)}")
 
 
 def _scope_notes(checkpoint: Checkpoint) -> list[str]:

@@ -68,6 +68,8 @@ def _change_structure(plan: Plan, made: list[tuple[Make, Tensor]]) -> Undo:
             for step in reversed(undo):
                 step()
 
+    for weight in plan.graphs:
+        weight.detach_()
     with _torch.without_weak_references(plan.holders):
         try:
             for make, tensor in made:

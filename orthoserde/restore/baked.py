@@ -68,7 +68,9 @@ def bake_bare(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, 
     wanted = {
         tensor.name: tensor.kind
         for tensor in normed_tensors(manifest)
-        if tensor.name in inventory.slots and tensor.name not in manifest
+        if tensor.name in inventory.slots
+        and tensor.name not in manifest
+        and inventory.slots.keys().isdisjoint(tensor.keys(tensor.paths[0], hooked=tensor.hooked).values())
     }
     if legacy == "refuse":
         text = (
@@ -77,6 +79,9 @@ def bake_bare(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, 
         problems = [Problem(name, "mismatch", text.format(kind)) for name, kind in wanted.items()]
         return Baked(checkpoint, {}, tuple(problems))
     try:
-        return Baked(bake(checkpoint, registry, wanted), wanted, ())
+        baked = bake(checkpoint, registry, wanted)
+        for name in wanted:
+            baked.tensor(name)  # not every dtype computes, which must be known before anything is written
+        return Baked(baked, wanted, ())
     except ConfigError as error:
         return Baked(checkpoint, {}, (Problem("", "mismatch", str(error)),))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import Problem
 from orthoserde.evaluate import codecs_of
-from orthoserde.manifest import ORTHOGONAL, SPECTRAL_NORM, STRUCTURED, ParametrizedRecord, join
+from orthoserde.manifest import HOOK_SUFFIXES, ORTHOGONAL, SPECTRAL_NORM, STRUCTURED, ParametrizedRecord, join
 from orthoserde.names import tensor_names
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
@@ -79,7 +79,8 @@ def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry
     """
     hooks = _in_hook_form_of(checkpoint, inventory, registry)
     structured = _in_structured_form_of(hooks.checkpoint, inventory, registry, verify=verify)
-    return Forms(structured.checkpoint, {**hooks.converted, **structured.converted}, structured.problems)
+    converted = {**hooks.converted, **structured.converted}
+    return Forms(structured.checkpoint, converted, (*hooks.problems, *structured.problems))
 
 
 def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, *, verify: bool) -> Forms:
@@ -120,23 +121,43 @@ def _in_hook_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Reg
     to: dict[bool, list[NormedTensor]] = {True: [], False: []}
     converted: dict[str, Converted] = {}
     unclaimed = {tensor.name: tensor for tensor in saved.values()}
+    left_out = set(checkpoint.manifest.left_out)
     for live in (*inventory.hooked, *inventory.parametrized):
         names = tensor_names(live.module_path, live.aliases, live.tensor_name)
-        stored = next((saved[name] for name in names if name in saved), None)
+        stored = {saved[name].name: saved[name] for name in names if name in saved}
         codec = codecs_of(live, registry)[0]
-        if stored is None:
-            continue
-        unclaimed.pop(stored.name, None)
+        for name in stored:
+            unclaimed.pop(name, None)
         hooked = bool(live.hook_names)
-        if stored.hooked != hooked and len(live.parametrizations) == 1 and codec and codec.kind == stored.kind:
-            to[hooked].append(stored)
-            converted[live.name] = _as_converted(stored)
+        if len(live.parametrizations) > 1 or codec is None or codec.kind not in HOOK_SUFFIXES:
+            continue
+        others = [tensor for tensor in stored.values() if tensor.hooked != hooked and tensor.kind == codec.kind]
+        if others:
+            to[hooked] += others
+            converted[live.name] = _as_converted(others[0])
+        # What was left out is only known by its keys.
+        other = NormedTensor((live.module_path, *live.aliases), live.tensor_name, codec.kind, not hooked)
+        if left_out.issuperset(other.keys(live.module_path, hooked=not hooked).values()):
+            to[hooked].append(other)
     # What is bare in the model, of a file that says what it is of, gets its parametrization.
     if checkpoint.manifest.has_configuration:
-        bare = [tensor for tensor in unclaimed.values() if tensor.hooked]
+        bare = [
+            tensor
+            for tensor in unclaimed.values()
+            if tensor.hooked and any(name in inventory.slots for name in _names_of(tensor))
+        ]
         to[False] += bare
         converted |= {tensor.name: _as_converted(tensor) for tensor in bare}
-    return Forms(convert(convert(checkpoint, to[True], hooked=True), to[False], hooked=False), converted, ())
+    changed = convert(convert(checkpoint, to[True], hooked=True), to[False], hooked=False)
+    now_hooked = {record.name: record.hooked for record in changed.manifest.parametrized}
+    text = "the file also has tensors under the keys that its own would have in the form that the model has"
+    problems = tuple(
+        Problem(tensor.name, "mismatch", text)
+        for hooked, tensors in to.items()
+        for tensor in tensors
+        if now_hooked.get(tensor.name, hooked) != hooked
+    )
+    return Forms(changed, converted, problems)
 
 
 def _as_converted(tensor: NormedTensor) -> Converted:

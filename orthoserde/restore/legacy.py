@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
-from orthoserde.codec import Codec
+from orthoserde.codec import Codec, residual_of
 from orthoserde.errors import ConfigError, DamagedFileError, Problem
 from orthoserde.evaluate import codecs_of
 from orthoserde.json_values import JSON
@@ -92,7 +92,7 @@ class ComputedWeight:
             )
         if self.codec.admits(weight, self.config):
             return None
-        residual = self.codec.residual(weight)
+        residual = residual_of(self.codec, weight, self.config)
         distance = "" if residual is None else f" by {residual:.3g}"
         if legacy == "project":
             try:

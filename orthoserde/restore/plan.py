@@ -84,6 +84,7 @@ class Plan:
         fidelity: The worst over everything else.
         notes: What else the caller should know.
         holders: Modules that may hold weak references to meta parameters, as RNNs do.
+        graphs: Weights that hooks have left on the meta device, with graphs that hold on to meta parameters.
         kinds: Kinds of the model's registered modules by path.
         parameters: The model's parameters by key, as they will be.
     """
@@ -99,6 +100,7 @@ class Plan:
     fidelity: Fidelity = Fidelity.EXACT
     notes: list[str] = field(default_factory=list)
     holders: list[nn.Module] = field(default_factory=list)
+    graphs: list[Tensor] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
 

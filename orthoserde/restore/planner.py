@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
+from orthoserde.evaluate import spoken_for
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
 from orthoserde.names import hook_prefixes, local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
 from orthoserde.registry import Registry
@@ -145,8 +146,12 @@ class _Planner:
     def _match_bare(self, record: ParametrizedRecord, module: nn.Module, reparametrize: bool) -> None:
         name = record.tensor_name
         bare = {**_torch.own_buffers(module), **_torch.own_parameters(module)}.get(name)
-        if bare is None:
-            return  # the model has no such tensor: its keys are unexpected
+        if bare is None:  # the model has no such tensor: its keys are unexpected, or name other tensors here
+            if any(key in self.slots for key in record.tensor_keys()):
+                self.plan.lower(Fidelity.UNVERIFIED)
+                text = f"{kinds_of(record)} computes it in the file, nothing that is known of in the model"
+                self.plan.notes.append(f"{record.name}: {text}; its tensors were loaded all the same")
+            return
         paths = self.paths[id(module)]
         plain_keys = [join(path, name) for path in paths]
         prefixes = [join(path, "parametrizations", name) for path in paths]
@@ -271,8 +276,7 @@ class _Planner:
             # A part may also come in under the name of a tensor that it is tied to.
             present = {part for part in required if id(ours[part]) in covered}
             if (theirs or present) and not self.settled.issuperset(prefixes):
-                # Parts of a hooked tensor are plain tensors to a selection, and their local names are keys.
-                odd = ((required - present) | (theirs.keys() - ours.keys())) - self.left_out
+                odd = (required - present) | (theirs.keys() - ours.keys())
                 if odd:
                     text = (
                         f"only part of its state is on both sides ({', '.join(sorted(odd))} is not), which is refused"
@@ -294,8 +298,7 @@ class _Planner:
                 self.plan.lower(verdict.fidelity)
             elif strict and self._owner_of(f"{record.path}.") is None:
                 self.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
-        links = {id(_torch.unwrap(link)) for tensor in self.live.values() for link in tensor.parametrizations}
-        known = recorded | links | self.fresh
+        known = recorded | spoken_for(self.live.values(), self.registry) | self.fresh
         for path, module in self.modules.items():
             codec = self.registry.for_type(_torch.class_before_parametrizations(module))
             if codec is not None:
@@ -360,12 +363,25 @@ class _Planner:
         """Find meta parameters whose objects cannot be kept, because something else holds on to what is in them."""
         if self.swaps:
             self.plan.holders = list(self.modules.values())
+        of_hooks = self._weights_of_hooks()
         with _torch.without_weak_references(self.plan.holders):
             for key, tensor in self.swaps:
-                if not _torch.can_swap(tensor):
+                if not _torch.can_swap(tensor) and id(tensor) not in of_hooks:
                     self.plan.mismatch(
                         key, "on the meta device, and a weak reference or a graph holds on to it; drop that"
                     )
+
+    def _weights_of_hooks(self) -> set[int]:
+        """Ids of the meta parameters that hooks compute a weight from; its graph is dropped when the load is sure."""
+        swapped = {id(tensor) for _, tensor in self.swaps}
+        found: set[int] = set()
+        for tensor in self.live.values():
+            weight = vars(tensor.module).get(tensor.tensor_name) if tensor.hook_names else None
+            own = swapped.intersection(map(id, tensor.originals.values()))
+            if own and isinstance(weight, Tensor) and weight.grad_fn is not None:
+                self.plan.graphs.append(weight)
+                found |= own
+        return found
 
     def _owner_of(self, key: str) -> Owner | None:
         prefixes = [*prefixes_in(key), self.hook_prefixes.get(key, "")]

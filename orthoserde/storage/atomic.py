@@ -19,14 +19,15 @@ from orthoserde.storage.leftovers import TEMPORARY_MARK, try_lock
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
+def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[io.FileIO]:
     """Open a temporary file that becomes ``path`` when the block ends without an exception.
 
     A symbolic link is followed: the file it points to is replaced. The mode is that of the replaced file, or what the
-    umask leaves of 0666.
+    umask leaves of 0666 unless ``mode`` is given.
 
     Args:
         path: The file to create or replace.
+        mode: Permission bits where no file is replaced.
 
     Raises:
         FileAccessError: The system refused something; the previous file is untouched and no temporary file is left.
@@ -35,22 +36,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
     name = os.fsdecode(path)
     try:
         name = os.path.realpath(name)
-        mode = _mode_of(name)
-        folder, base = os.path.split(name)
-        # The mark and the suffix must fit beside the name: file names end at 255 bytes. No character may be cut in two.
-        stem = os.fsencode(base)[: 255 - 32].decode("utf-8", "ignore")
-        temporary = os.path.join(folder, f".{stem}{TEMPORARY_MARK}{secrets.token_hex(8)}")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(temporary, flags, 0o666)
+        replaced = mode_of(name)
+        mode = mode if replaced is None else replaced
+        temporary, descriptor = create_temporary(name)
     except OSError as error:
-        raise _refused(error, "cannot create", name) from error
+        raise refused(error, "cannot create", name) from error
     except ValueError as error:  # a NUL in the path
         raise FileAccessError(errno.EINVAL, str(error), name) from error
     try:
         with os.fdopen(descriptor, "w+b", buffering=0) as file:
-            try_lock(descriptor)  # without a lock nobody will take the file for a leftover either
-            if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(file.fileno(), mode)
+            set_mode(file.fileno(), mode)
             yield file
             os.fsync(file.fileno())
         os.replace(temporary, name)
@@ -58,15 +53,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
-            raise _refused(error, "cannot write", name) from error
+            raise refused(error, "cannot write", name) from error
         raise
     try:
-        sync_folder(folder)
+        sync_folder(os.path.dirname(name))
     except OSError as error:
         raise CommitUncertainError(error.errno, f"saved, but perhaps not durably: {error.strerror}", name) from error
 
 
-def _refused(error: OSError, what: str, name: str) -> FileAccessError:
+def create_temporary(name: str) -> tuple[str, int]:
+    """Create a temporary file beside the file that it is to become; raises OSError.
+
+    Returns:
+        Its path, and a descriptor for reading and writing.
+    """
+    folder, base = os.path.split(name)
+    # The mark and the suffix must fit beside the name: file names end at 255 bytes. No character may be cut in two.
+    stem = os.fsencode(base)[: 255 - 32].decode("utf-8", "ignore")
+    temporary = os.path.join(folder, f".{stem}{TEMPORARY_MARK}{secrets.token_hex(8)}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temporary, flags, 0o666)
+    try_lock(descriptor)  # without a lock nobody will take the file for a leftover either
+    return temporary, descriptor
+
+
+def refused(error: OSError, what: str, name: str) -> FileAccessError:
+    """What a save says of an error of the system: ``what`` it could not do, and that nothing was lost."""
     if isinstance(error, FileAccessError):
         return error
     return FileAccessError(
@@ -74,7 +86,13 @@ def _refused(error: OSError, what: str, name: str) -> FileAccessError:
     )
 
 
-def _mode_of(name: str) -> int | None:
+def set_mode(descriptor: int, mode: int | None) -> None:
+    """Give an open file these permission bits; None leaves them, and Windows has none. Raises OSError."""
+    if mode is not None and hasattr(os, "fchmod"):
+        os.fchmod(descriptor, mode)
+
+
+def mode_of(name: str) -> int | None:
     """Permission bits of the file that is about to be replaced, None where there is none."""
     try:
         status = os.stat(name)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import xxhash
 
 from orthoserde import json_values
 from orthoserde.errors import DamagedFileError, FileFormatError
+from orthoserde.json_values import JSON
 from orthoserde.manifest import Manifest, TensorRecord
 from orthoserde.manifest_json import decode_manifest, encode_manifest
-from orthoserde.storage.container import Header, container_form, encode_header, storage_order
+from orthoserde.storage.container import Entry, Header, container_form, encode_header, storage_order
 from orthoserde.tensor_bytes import contiguous_strides
 
 #: The key of ``__metadata__`` that holds the manifest.
@@ -29,6 +30,9 @@ RESERVED_KEYS = frozenset({"format", MANIFEST_KEY})
 _ENVELOPE_START = '{"digest":"'
 
 _ENVELOPE = re.compile(_ENVELOPE_START + r'(?P<digest>[0-9a-f]{32})","manifest":(?P<manifest>\{.*\})\}', re.DOTALL)
+
+#: What stands in a shard instead: the digest of the manifest, which is in the index.
+_SHARD_MARK = re.compile(_ENVELOPE_START + r'[0-9a-f]{32}"\}')
 
 #: Keys that no tensor can have, because the container means something else by them.
 FORBIDDEN_TENSOR_KEYS = frozenset({"__metadata__"})
@@ -45,14 +49,66 @@ def _forms(tensors: Mapping[str, TensorRecord]) -> dict[str, tuple[str, tuple[in
 
 def file_header(manifest: Manifest) -> bytes:
     """The length and header of the file that holds this manifest, whose tensors are in storage order."""
-    text = json_values.encode(encode_manifest(manifest))
     metadata = {key: kept for key, kept in manifest.aliases.items() if key not in RESERVED_KEYS}
-    metadata |= {"format": "pt", MANIFEST_KEY: f'{_ENVELOPE_START}{_digest(text)}","manifest":{text}}}'}
-    return encode_header(_forms(manifest.tensors), metadata)
+    return encode_header(_forms(manifest.tensors), metadata | {"format": "pt", MANIFEST_KEY: envelope(manifest)})
+
+
+def shard_header(tensors: Mapping[str, TensorRecord], digest: str) -> bytes:
+    """The length and header of a shard.
+
+    Args:
+        tensors: Its tensors, in storage order.
+        digest: That of the manifest, which stands in the index.
+    """
+    return encode_header(_forms(tensors), {"format": "pt", MANIFEST_KEY: shard_mark(digest)})
+
+
+def shard_mark(digest: str) -> str:
+    """What ties a shard to the manifest with this digest: the envelope without the manifest."""
+    return f'{_ENVELOPE_START}{digest}"}}'
+
+
+def is_shard(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata of a file say that it is a shard of a checkpoint of ours."""
+    return _SHARD_MARK.fullmatch(metadata.get(MANIFEST_KEY, "")) is not None
+
+
+def envelope(manifest: Manifest) -> str:
+    """The text of a manifest, with its digest."""
+    text = json_values.encode(encode_manifest(manifest))
+    return f'{_ENVELOPE_START}{_digest(text)}","manifest":{text}}}'
+
+
+def digest_in(envelope_text: str) -> str:
+    """The digest that stands in an envelope which :func:`envelope` wrote, or which was decoded."""
+    return envelope_text[len(_ENVELOPE_START) : len(_ENVELOPE_START) + 32]
 
 
 def _digest(manifest: str) -> str:
     return xxhash.xxh3_128_hexdigest(manifest.encode("utf-8", "surrogatepass"))
+
+
+def holds_envelope(texts: Iterable[object]) -> bool:
+    """Whether one of these values has the form of an envelope."""
+    return any(isinstance(text, str) and text.startswith(_ENVELOPE_START) for text in texts)
+
+
+def decode_envelope(text: str, where: str) -> Manifest:
+    """The manifest in an envelope, its tensors in storage order.
+
+    Raises:
+        DamagedFileError: The manifest does not match its digest.
+        FileFormatError: The envelope or the manifest is malformed, or of a newer format.
+    """
+    match = _ENVELOPE.fullmatch(text)
+    if match is None:
+        raise FileFormatError(f"{where}: expected a manifest and its digest in the metadata, under {MANIFEST_KEY!r}")
+    if _digest(match["manifest"]) != match["digest"]:
+        raise DamagedFileError(
+            f"{where}: the manifest does not match its digest; the file is damaged, use another copy"
+        )
+    manifest = decode_manifest(json_values.decode(match["manifest"], f"{where}: manifest"), where)
+    return dataclasses.replace(manifest, tensors=in_storage_order(manifest.tensors))
 
 
 def manifest_of(header: Header, raw: bytes, where: str) -> Manifest:
@@ -65,37 +121,36 @@ def manifest_of(header: Header, raw: bytes, where: str) -> Manifest:
 
     Raises:
         DamagedFileError: The manifest does not match its digest, or the header does not match the manifest.
-        FileFormatError: The manifest is malformed or of a newer format.
+        FileFormatError: The manifest is malformed or of a newer format, or the file is one shard of several.
     """
     if MANIFEST_KEY not in header.metadata:
-        if any(text.startswith(_ENVELOPE_START) for text in header.metadata.values()):
+        if holds_envelope(header.metadata.values()):
             raise DamagedFileError(
                 f"{where}: a manifest stands under another key than {MANIFEST_KEY!r}; the file is damaged"
             )
-        return _foreign_manifest(header)
-    match = _ENVELOPE.fullmatch(header.metadata[MANIFEST_KEY])
-    if match is None:
-        raise FileFormatError(f"{where}: expected a manifest and its digest in __metadata__.{MANIFEST_KEY}")
-    if _digest(match["manifest"]) != match["digest"]:
-        raise DamagedFileError(
-            f"{where}: the manifest does not match its digest; the file is damaged, use another copy"
+        return foreign_manifest(header.entries, header.metadata)
+    if is_shard(header.metadata):
+        raise FileFormatError(
+            f"{where}: one shard of a checkpoint, which does not say what its tensors mean; give the path of the "
+            "folder, or of the index"
         )
-    manifest = decode_manifest(json_values.decode(match["manifest"], f"{where}: manifest"), where)
-    ordered = dataclasses.replace(manifest, tensors=in_storage_order(manifest.tensors))
-    if file_header(ordered) != raw:
+    manifest = decode_envelope(header.metadata[MANIFEST_KEY], where)
+    if file_header(manifest) != raw:
         raise DamagedFileError(
             f"{where}: the header does not match the manifest; the file is damaged or was rewritten by another tool"
         )
-    return ordered
+    return manifest
 
 
-def _foreign_manifest(header: Header) -> Manifest:
-    """What can be said of a safetensors file that another library wrote."""
+def foreign_manifest(entries: Mapping[str, Entry], metadata: Mapping[str, JSON]) -> Manifest:
+    """What can be said of tensors that another library wrote, and of the aliases among the metadata."""
     tensors = {
         key: TensorRecord(entry.dtype, entry.shape, contiguous_strides(entry.shape), parameter=False)
-        for key, entry in header.entries.items()
+        for key, entry in entries.items()
     }
     aliases = {
-        key: kept for key, kept in header.metadata.items() if kept in tensors and key not in tensors and key != "format"
+        key: kept
+        for key, kept in metadata.items()
+        if isinstance(kept, str) and kept in tensors and key not in tensors and key != "format"
     }
     return Manifest(tensors=tensors, aliases=aliases, has_configuration=False)

@@ -8,8 +8,19 @@ import os
 import stat
 import threading
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from orthoserde.errors import CheckpointNotFoundError, FileAccessError, FileFormatError
+
+
+class Readable(Protocol):
+    """What is read at positions, by several threads at the same time."""
+
+    def read_into(self, memory: memoryview, position: int) -> None:
+        """Fill writable memory with the bytes from a position on."""
+
+    def close(self) -> None:
+        """Release the file. Closing twice is harmless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,48 @@ def open_file(name: str) -> OpenFile:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        folder = ", but a folder; only load reads some of those" if stat.S_ISDIR(mode) else ""
+        folder = ", but a folder" if stat.S_ISDIR(mode) else ""
         raise FileFormatError(f"{name}: not a regular file{folder}")
     return OpenFile(io.FileIO(descriptor, "rb"), name)
+
+
+#: What tells whether a file is still the one that was opened.
+Identity = tuple[int, int, int, int]
+
+
+def identity_of(file: OpenFile) -> Identity:
+    """Which file an open file is, and which state of it."""
+    status = os.fstat(file.raw.fileno())
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class ReopenedFile:
+    """A file that is opened for each read, so that hundreds of them take no descriptors.
+
+    Attributes:
+        path: Its absolute path.
+        identity: Which file it has to be.
+    """
+
+    path: str
+    identity: Identity
+
+    def read_into(self, memory: memoryview, position: int) -> None:
+        """Fill writable memory with the bytes from a position on.
+
+        Raises:
+            CheckpointNotFoundError: The file has gone.
+            FileAccessError: The system refuses to open or read it.
+            FileFormatError: It is another file by now, or ends before the memory is full.
+        """
+        file = open_file(self.path)
+        try:
+            if identity_of(file) != self.identity:
+                raise FileFormatError(f"{self.path}: the file changed while it was read")
+            file.read_into(memory, position)
+        finally:
+            file.close()
+
+    def close(self) -> None:
+        """Release nothing."""

@@ -15,11 +15,11 @@ from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import FileFormatError
 from orthoserde.storage.container import LENGTH_BYTES, MAX_HEADER_BYTES, Entry, decode_header
 from orthoserde.storage.format import manifest_of
-from orthoserde.storage.open_file import OpenFile, open_file
+from orthoserde.storage.open_file import OpenFile, Readable, open_file
 from orthoserde.storage.torch_files import MAGIC_BYTES, is_torch_file, read_torch_file
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read_file(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a file: of ours, a safetensors file of another library, or a state dict of ``torch.save``.
 
     Args:
@@ -41,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         if is_torch_file(start):
             with file.raw:
                 return read_torch_file(file.raw, name, start)
-        raw = _read_header(file, size, start)
+        raw = read_header(file, size, start)
         header = decode_header(raw[LENGTH_BYTES:], size - len(raw), name)
         manifest = manifest_of(header, raw, name)
         sources = {
@@ -54,8 +54,17 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(manifest, sources, name, file.close)
 
 
-def _read_header(file: OpenFile, size: int, start: bytes) -> bytes:
-    """The length and the header, of which the first bytes have been read."""
+def read_header(file: OpenFile, size: int, start: bytes) -> bytes:
+    """The length and the header of an open file.
+
+    Args:
+        file: The file.
+        size: Its size in bytes.
+        start: Its first bytes, at least eight if it has as many.
+
+    Raises:
+        FileFormatError: There is no header.
+    """
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if len(start) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
         raise FileFormatError(
@@ -67,9 +76,9 @@ def _read_header(file: OpenFile, size: int, start: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """The elements of one tensor of an open file."""
+    """The elements of one tensor of a file."""
 
-    file: OpenFile
+    file: Readable
     data_start: int
     entry: Entry
     dtype: str

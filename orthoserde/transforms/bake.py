@@ -22,9 +22,10 @@ from orthoserde.manifest import (
     TensorRecord,
     join,
 )
-from orthoserde.names import parts_by_prefix
+from orthoserde.names import parts_by_prefix, tensor_names
+from orthoserde.parametrizations import BUILT_IN_CODECS
 from orthoserde.parametrizations.hooks import power_method_error
-from orthoserde.recompute import Misfit, NotComputable, resolve, weight_of
+from orthoserde.recompute import Misfit, NotComputable, dry_weight_of, resolve, weight_of
 from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import contiguous_strides, dtype_name
 from orthoserde.transforms.canonical import expand
@@ -68,15 +69,22 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
     expanded = expand(checkpoint)
     baked: list[_Baked] = []
     problems: list[Problem] = []
+    records = list(_records(expanded))
+    chosen = [record for record in records if names is None or record.name in names]
+    outer = {join(record.module, "parametrizations", record.tensor_name) for record in chosen}
+    inner = {join(record.module, "parametrizations", record.tensor_name) for record in records} - outer
     with _torch.undisturbed():
-        for record in _records(expanded):
-            if names is None or record.name in names:
+        for record in chosen:
+            around = _parents(record.module)
+            if not around.isdisjoint(inner):
+                problems.append(Problem(record.name, "unsupported", "part of a parametrization that stays"))
+            elif around.isdisjoint(outer):  # else it goes with what it is part of
                 try:
                     baked.append(_bake(expanded, record, registry))
                 except (NotComputable, Misfit) as reason:
                     problems.append(Problem(record.name, "unsupported", str(reason)))
     if names is None:
-        problems += _unexplained(checkpoint, {each.record.name for each in baked})
+        problems += _unexplained(checkpoint, {name for record in chosen for name in _names(record)})
     if problems:
         raise ConfigError(_listed(checkpoint.origin, problems))
     return _replace(expanded, baked)
@@ -96,11 +104,17 @@ def _records(checkpoint: Checkpoint) -> Iterator[ParametrizedRecord]:
             yield _record_of(checkpoint, tensor)
 
 
+def _parents(path: str) -> set[str]:
+    """A path and those of all modules that it is in."""
+    parts = path.split(".")
+    return {".".join(parts[: i + 1]) for i in range(len(parts))}
+
+
 def _record_of(checkpoint: Checkpoint, tensor: NormedTensor) -> ParametrizedRecord:
     """The record of a tensor that is known by its keys.
 
-    The shapes of its tensors may allow several configurations. Those of weight normalisation then all compute the same,
-    for they differ in dimensions of size 1. Of those of spectral normalisation, the vectors fit one.
+    The shapes of its tensors may allow several configurations. Those of weight normalisation then all compute the same
+    but for rounding, for they differ in dimensions of size 1. Of those of spectral normalisation, the vectors fit one.
     """
     manifest = checkpoint.manifest
     keys = tensor.keys(tensor.paths[0], hooked=tensor.hooked)
@@ -131,6 +145,9 @@ def _bake(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Registry
         Misfit: Its state and its configuration contradict each other.
     """
     manifest = checkpoint.manifest
+    taken = next((name for name in _names(record) if name in manifest and name not in manifest.computed), None)
+    if taken is not None:
+        raise Misfit(f"the file also has a tensor {taken!r}, and does not say that it is the computed one")
     originals = [manifest.tensors[manifest.kept_key(record.original_key(name))] for name in record.originals]
     trained = any(original.requires_grad for original in originals)
     if record.name in manifest.computed:
@@ -143,12 +160,20 @@ def _bake(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Registry
     links = resolve(record, registry, registered=True)
     limit = max(SCRATCH_BYTES, manifest.nbytes)
     compute = functools.partial(_computed, checkpoint, record, registry, limit)
-    if record.shape is None or record.dtype is None:
+    if all(link.codec in BUILT_IN_CODECS for link in links):
+        shape, dtype = _form(dry_weight_of(checkpoint, record, links, limit))
+    elif record.shape is None or record.dtype is None:
         shape, dtype = _form(weight_of(checkpoint, record, links, limit))
     else:
         shape, dtype = record.shape, record.dtype
+    if record.dtype not in (None, dtype):
+        raise Misfit(f"recorded with dtype {record.dtype}, its state gives {dtype}")
     stored = TensorRecord(dtype, shape, contiguous_strides(shape), record.parameter, requires_grad=trained)
     return _Baked(record, stored, DerivedTensor(compute))
+
+
+def _names(record: ParametrizedRecord) -> list[str]:
+    return tensor_names(record.module, record.aliases, record.tensor_name)
 
 
 def _form(weight: Tensor) -> tuple[tuple[int, ...], str]:
@@ -186,6 +211,7 @@ def _replace(checkpoint: Checkpoint, baked: Collection[_Baked]) -> Checkpoint:
     """Put computed tensors in the places of their state."""
     manifest = checkpoint.manifest
     gone: set[str] = set()
+    inside: list[str] = []
     tensors: dict[str, TensorRecord] = {}
     first: dict[str, _Baked] = {}
     aliases = dict(manifest.aliases)
@@ -193,8 +219,13 @@ def _replace(checkpoint: Checkpoint, baked: Collection[_Baked]) -> Checkpoint:
         record = each.record
         for path in (record.module, *record.aliases):
             gone.update(dataclasses.replace(record, module=path).tensor_keys())
+            inside.append(f"{join(path, 'parametrizations', record.tensor_name)}.")
         first[record.original_key(next(iter(record.originals)))] = each
         aliases |= {join(path, record.tensor_name): record.name for path in record.aliases}
+
+    def goes(name: str) -> bool:
+        return name in gone or name.startswith(tuple(inside))
+
     places = {manifest.kept_key(key): each for key, each in first.items()}
     sources: dict[str, TensorSource] = {}
     computed = {each.record.name for each in baked}
@@ -202,18 +233,19 @@ def _replace(checkpoint: Checkpoint, baked: Collection[_Baked]) -> Checkpoint:
         if key in places:
             name = places[key].record.name
             tensors[name], sources[name] = places[key].stored, places[key].source
-        if key not in gone and key not in computed:
+        if not goes(key) and key not in computed:
             tensors[key], sources[key] = stored, checkpoint.sources[key]
     for each in baked:
         tensors.setdefault(each.record.name, each.stored)
         sources.setdefault(each.record.name, each.source)
-    aliases = {alias: kept for alias, kept in aliases.items() if alias not in gone}
+    aliases = {alias: kept for alias, kept in aliases.items() if not goes(alias)}
     keep_aliases(checkpoint, tensors, aliases, sources)
     changed = dataclasses.replace(
         manifest,
         tensors=tensors,
         aliases=aliases,
-        parametrized=tuple(record for record in manifest.parametrized if record.name not in computed),
-        computed=tuple(key for key in manifest.computed if key not in computed),
+        parametrized=tuple(rec for rec in manifest.parametrized if rec.name not in computed and not goes(rec.name)),
+        modules=tuple(record for record in manifest.modules if not goes(record.path)),
+        computed=tuple(key for key in manifest.computed if key not in computed and not goes(key)),
     )
     return dataclasses.replace(checkpoint, manifest=changed, sources=sources)

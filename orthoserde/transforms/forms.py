@@ -23,7 +23,6 @@ from orthoserde.manifest import (
     HOOK,
     HOOK_SUFFIXES,
     SPECTRAL_NORM,
-    WEIGHT_NORM,
     Manifest,
     ParametrizationRecord,
     ParametrizedRecord,
@@ -99,6 +98,7 @@ def convert(checkpoint: Checkpoint, chosen: Iterable[NormedTensor], *, hooked: b
     records: dict[str, ParametrizedRecord] = {}
     manifest = checkpoint.manifest
     recorded = {record.name: record for record in manifest.parametrized}
+    left_out = set(manifest.left_out)
     for tensor in chosen:
         moves = {
             key: after
@@ -106,7 +106,7 @@ def convert(checkpoint: Checkpoint, chosen: Iterable[NormedTensor], *, hooked: b
             for key, after in zip(
                 tensor.keys(path, hooked=not hooked).values(), tensor.keys(path, hooked=hooked).values(), strict=True
             )
-            if key in manifest
+            if key in manifest or key in left_out
         }
         if any(after in manifest for after in moves.values()):
             continue  # the names are taken: this is something else
@@ -137,16 +137,20 @@ def _chosen(checkpoint: Checkpoint, names: Collection[str] | None, *, hooked: bo
 def _by_keys(manifest: Manifest) -> Iterator[NormedTensor]:
     everything = [*manifest.tensors, *manifest.aliases]
     parts = parts_by_prefix(everything, {})
+    found: dict[tuple[object, ...], NormedTensor] = {}
     for key in everything:
-        for kind in (WEIGHT_NORM, SPECTRAL_NORM):
+        for kind in HOOK_SUFFIXES:
             for hooked in (False, True):
                 tensor = _named_after(key, kind, hooked)
                 if tensor is None or not configs_of(manifest, tensor):
                     continue
-                if hooked or set(parts[key.rpartition(".")[0]]) == set(
-                    tensor.keys(tensor.paths[0], hooked=False).values()
-                ):
-                    yield tensor
+                keys = tensor.keys(tensor.paths[0], hooked=hooked).values()
+                if hooked or set(parts[key.rpartition(".")[0]]) == set(keys):
+                    # The same tensors under several paths are those of one module.
+                    stored = (tensor.tensor_name, kind, hooked, *map(manifest.kept_key, keys))
+                    others = found[stored].paths if stored in found else ()
+                    found[stored] = dataclasses.replace(tensor, paths=(*others, *tensor.paths))
+    yield from found.values()
 
 
 def _named_after(key: str, kind: str, hooked: bool) -> NormedTensor | None:
@@ -167,8 +171,10 @@ def configs_of(manifest: Manifest, tensor: NormedTensor) -> list[dict[str, JSON]
     keys = tensor.keys(tensor.paths[0], hooked=tensor.hooked)
     if not all(key in manifest for key in keys.values()):
         return []
-    shapes = {part: manifest.tensors[manifest.kept_key(key)].shape for part, key in keys.items()}
-    return configs_by_shapes(tensor.kind, shapes)
+    records = {part: manifest.tensors[manifest.kept_key(key)] for part, key in keys.items()}
+    if tensor.kind == SPECTRAL_NORM and any(record.dtype.startswith("complex") for record in records.values()):
+        return []
+    return configs_by_shapes(tensor.kind, {part: record.shape for part, record in records.items()})
 
 
 def _recoded(record: ParametrizedRecord, encoding: str) -> ParametrizedRecord:

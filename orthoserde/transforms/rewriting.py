@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from orthoserde.checkpoint import Checkpoint, TensorSource
-from orthoserde.manifest import ParametrizedRecord, TensorRecord
+from orthoserde.manifest import ParametrizedRecord, TensorRecord, join
 
 #: Key, record and elements of what comes in the place of a stored tensor.
 Replacement = tuple[str, TensorRecord, TensorSource]
@@ -70,7 +70,10 @@ def rename(checkpoint: Checkpoint, keys: Mapping[str, str], records: Mapping[str
         manifest,
         tensors={keys.get(key, key): record for key, record in manifest.tensors.items()},
         aliases={keys.get(alias, alias): keys.get(kept, kept) for alias, kept in manifest.aliases.items()},
-        parametrized=tuple(records.get(record.name, record) for record in manifest.parametrized),
+        parametrized=tuple(
+            records.get(record.name) or _with_renamed_parts(record, keys) for record in manifest.parametrized
+        ),
+        left_out=tuple(keys.get(key, key) for key in manifest.left_out),
         training=None if training is None else training.renamed(keys),
     )
     sources = {keys.get(key, key): source for key, source in checkpoint.sources.items()}
@@ -100,6 +103,21 @@ def keep_aliases(
             moved[kept] = alias
             tensors.setdefault(alias, checkpoint.manifest.tensors[kept])
             sources.setdefault(alias, checkpoint.sources[kept])
+
+
+def _with_renamed_parts(record: ParametrizedRecord, keys: Mapping[str, str]) -> ParametrizedRecord:
+    """What becomes of the record of a tensor whose parametrizations hold tensors that are renamed."""
+
+    def renamed(index: int, role: str) -> str:
+        key = record.link_key(index, role)
+        prefix = f"{join(record.module, 'parametrizations', record.tensor_name, str(index))}."
+        return keys[key].removeprefix(prefix) if key in keys else role
+
+    chain = tuple(
+        dataclasses.replace(link, tensors={renamed(i, role): how for role, how in link.tensors.items()})
+        for i, link in enumerate(record.chain)
+    )
+    return record if chain == record.chain else dataclasses.replace(record, chain=chain)
 
 
 def _keys(record: ParametrizedRecord, path: str) -> list[str]:

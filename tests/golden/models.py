@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import warnings
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -70,6 +71,19 @@ class Outer(nn.Module):
         return value.new_zeros(4, 3), value.new_zeros(3, 5)
 
 
+@REGISTRY.register("golden>HookedInside")
+class HookedInside(nn.Module):
+    """A tensor that a hook computes inside of the parametrization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = hooked("spectral_norm", nn.Linear(3, 3, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Tensor = self.inner(x)
+        return inner
+
+
 @REGISTRY.register("golden>Block", version=2)
 class Block(nn.Module):
     """A registered module."""
@@ -128,6 +142,35 @@ def norms() -> nn.Module:
             "recurrent": orthogonal(nn.GRU(3, 4), "weight_hh_l0"),
         }
     )
+
+
+def hooked(kind: str, layer: nn.Module, *args: object, **options: object) -> nn.Module:
+    """A layer with one of torch's older hooks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's weight_norm
+        register: Callable[..., nn.Module] = getattr(nn.utils, kind)
+        return register(layer, *args, **options)
+
+
+def hooks() -> nn.Module:
+    """Torch's older hooks, a shared module and a tied original among them."""
+    model = nn.ModuleDict(
+        {
+            "weight_norm": hooked("weight_norm", nn.Linear(4, 3)),
+            "weight_norm_dim": hooked("weight_norm", nn.Conv1d(4, 3, 2), dim=1),
+            "weight_norm_all": hooked("weight_norm", nn.Linear(4, 3, dtype=torch.float64), dim=None),
+            "spectral_norm": hooked("spectral_norm", nn.Linear(4, 3), n_power_iterations=2, eps=1e-9),
+            "spectral_norm_transposed": hooked("spectral_norm", nn.ConvTranspose2d(2, 3, 2)),
+            "recurrent": hooked("weight_norm", nn.GRU(3, 4), "weight_hh_l0"),
+            "both": hooked("weight_norm", orthogonal(nn.Linear(4, 4)), "bias"),
+            "nested": nn.Linear(3, 5),
+            "tied": nn.Linear(4, 3),
+        }
+    )
+    parametrize.register_parametrization(model["nested"], "weight", HookedInside())
+    model["tied"].weight = model["weight_norm"].get_parameter("weight_v")
+    model["again"] = model["spectral_norm"]
+    return model
 
 
 def users() -> nn.Module:
@@ -239,6 +282,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 COMPACT: dict[str, Callable[[], nn.Module]] = {"compact": compact}
 
 
+#: Written by orthoserde 0.1 under torch 2.13.0 alone.
+HOOKS: dict[str, Callable[[], nn.Module]] = {"hooks": hooks}
+
 #: Of which training state is saved too. Written by orthoserde 0.1 under torch 2.13.0 alone.
 TRAINING: dict[str, Callable[[], nn.Module]] = {"training": training}
 
@@ -268,7 +314,7 @@ def fill_(model: nn.Module) -> nn.Module:
 if __name__ == "__main__":
     folder = FOLDER.parent / sys.argv[1] if len(sys.argv) > 1 else FOLDER
     folder.mkdir(exist_ok=True)
-    for name, make in (MODELS | COMPACT | TRAINING).items():
+    for name, make in (MODELS | COMPACT | HOOKS | TRAINING).items():
         path = folder / f"{name}.safetensors"
         if not path.exists():
             model = fill_(make())

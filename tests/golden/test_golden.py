@@ -11,6 +11,7 @@ from typing import cast
 import numpy
 import pytest
 import torch
+from torch.nn.utils.parametrizations import weight_norm
 
 import orthoserde
 from orthoserde import Fidelity, storage
@@ -19,6 +20,7 @@ from orthoserde.walk import take_inventory
 from tests.golden.models import (
     COMPACT,
     FOLDER,
+    HOOKS,
     MODELS,
     REGISTRY,
     TRAINING,
@@ -33,6 +35,7 @@ from tests.golden.models import (
 #: SHA-256 of each golden file: whoever changes one changes what "readable for ever" means.
 SHA256 = {
     "compact": "edc239c73d75ae7f35f46f30a94673135a61847bfb59ef1e00d356344cdce5eb",
+    "hooks": "7631151357554bdb2f0f446dbfd98038ce0b5571112e9414b4152647ef7ffc3c",
     "norms": "55557eb77afcce9307d741905ac6a599930e1c32df0a03f14bff7cb1b0b0c84b",
     "orthogonals": "5d15a00c90465625aa411acc4d172442cdbed0cf5efe271e0f60c62e1271f8e2",
     "plain": "455705f05d14522e60e29af79e7934527f67016b39f95099d608f08677c8b1ad",
@@ -44,6 +47,7 @@ FIDELITY = {
     "plain": Fidelity.EXACT,
     "orthogonals": Fidelity.EXACT,
     "norms": Fidelity.EXACT,
+    "hooks": Fidelity.EXACT,
     "users": Fidelity.UNVERIFIED,
 }
 
@@ -53,7 +57,7 @@ def path_of(name: str) -> Path:
 
 
 def test_every_golden_file_is_known() -> None:
-    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(MODELS | COMPACT | TRAINING)
+    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(MODELS | COMPACT | HOOKS | TRAINING)
 
 
 @pytest.mark.parametrize("name", SHA256)
@@ -61,9 +65,9 @@ def test_a_golden_file_is_what_it_was(name: str) -> None:
     assert hashlib.sha256(path_of(name).read_bytes()).hexdigest() == SHA256[name]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | HOOKS)
 def test_a_golden_file_loads_with_its_values_and_strides(name: str) -> None:
-    model = MODELS[name]()
+    model = (MODELS | HOOKS)[name]()
     report = orthoserde.load(model, path_of(name), registry=REGISTRY)
     assert report.fidelity is FIDELITY[name]
     with storage.read(path_of(name)) as checkpoint:
@@ -129,6 +133,47 @@ def test_a_golden_file_loads_into_bare_modules_and_meta_ones(name: str) -> None:
                 assert tensor is not None
                 assert torch.equal(tensor, slot.tensor)
                 assert tensor.stride() == slot.tensor.stride()
+
+
+def test_the_golden_file_of_hooks_is_what_a_save_writes(tmp_path: Path) -> None:
+    model = HOOKS["hooks"]()
+    orthoserde.load(model, path_of("hooks"), registry=REGISTRY)
+    metadata = {"golden": "hooks", "ключ": "значение"}
+    orthoserde.save(model, tmp_path / "m", registry=REGISTRY, metadata=metadata)
+    ours, theirs = orthoserde.inspect(tmp_path / "m"), orthoserde.inspect(path_of("hooks"))
+    assert dataclasses.replace(ours, writer=theirs.writer) == theirs
+
+
+def test_the_golden_file_of_hooks_has_the_same_state_as_parametrizations() -> None:
+    hooked = HOOKS["hooks"]()
+    orthoserde.load(hooked, path_of("hooks"), registry=REGISTRY)
+    model = torch.nn.ModuleDict(
+        {
+            "weight_norm": weight_norm(torch.nn.Linear(4, 3)),
+            "spectral_norm_transposed": torch.nn.ConvTranspose2d(2, 3, 2),
+            "recurrent": weight_norm(torch.nn.GRU(3, 4), "weight_hh_l0"),
+        }
+    )
+    report = orthoserde.load(model, path_of("hooks"), registry=REGISTRY, strict=False)
+    assert {name: tensor.fidelity for name, tensor in report.tensors.items()} == {
+        "weight_norm.weight": Fidelity.EXACT,
+        "spectral_norm_transposed.weight": Fidelity.UNVERIFIED,
+        "recurrent.weight_hh_l0": Fidelity.EXACT,
+    }
+    ours, theirs = take_inventory(model).slots, take_inventory(hooked).slots
+    for key, other in {
+        "weight_norm.parametrizations.weight.original0": "weight_norm.weight_g",
+        "weight_norm.parametrizations.weight.original1": "weight_norm.weight_v",
+        "spectral_norm_transposed.parametrizations.weight.original": "spectral_norm_transposed.weight_orig",
+        "spectral_norm_transposed.parametrizations.weight.0._u": "spectral_norm_transposed.weight_u",
+        "spectral_norm_transposed.parametrizations.weight.0._v": "spectral_norm_transposed.weight_v",
+        "recurrent.parametrizations.weight_hh_l0.original0": "recurrent.weight_hh_l0_g",
+        "recurrent.parametrizations.weight_hh_l0.original1": "recurrent.weight_hh_l0_v",
+    }.items():
+        left, right = ours[key].tensor, theirs[other].tensor
+        assert left is not None
+        assert right is not None
+        assert torch.equal(left, right)
 
 
 #: Digest of each base of the compact file: whoever changes one changes what every compact file stands for.

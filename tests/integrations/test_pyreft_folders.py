@@ -541,14 +541,14 @@ BAD_NAMES = r"config\.json: sorted_keys: not names that pyreft gives"
 MISSING = r"config\.json names files that are missing"
 
 HOSTILE: dict[str, Hostile] = {
-    "empty": Hostile(remove(), FileFormatError, "without files of pyreft", False),
+    "empty": Hostile(remove(), FileFormatError, "without a checkpoint; looked for model.safetensors", False),
     "another library's": Hostile(
         lambda folder: [
             (folder / file_of(0)).rename(folder / "adapter_model.bin"),
             (folder / file_of(1)).rename(folder / "pytorch_model.bin"),
         ],
-        FileFormatError,
-        "without files of pyreft",
+        IncompatibleModelError,
+        "rotate_layer: in the file, not in the model",
         False,
     ),
     "a file missing": Hostile(remove(file_of(1)), FileFormatError, MISSING, False),
@@ -812,7 +812,7 @@ def test_a_folder_is_refused_for_a_model_without_interventions_or_with_several(t
 @pytest.mark.parametrize("call", [orthoserde.inspect, orthoserde.verify, orthoserde.build])
 def test_a_folder_is_no_file(tmp_path: Path, call: Callable[[Path], object]) -> None:
     folder = save(make(), tmp_path / "folder")
-    with pytest.raises(FileFormatError, match="not a regular file"):
+    with pytest.raises(FileFormatError, match="only load reads it, into a ReftModel"):
         call(folder)
 
 

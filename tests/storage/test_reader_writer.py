@@ -218,7 +218,7 @@ def test_a_system_that_takes_few_bytes_at_a_time_gets_all_of_them(small: Path, m
     file = ReluctantFile()
 
     @contextlib.contextmanager
-    def reluctant(path: Path) -> Iterator[ReluctantFile]:
+    def reluctant(path: Path, mode: int | None) -> Iterator[ReluctantFile]:
         yield file
 
     monkeypatch.setattr(writer, "replacing", reluctant)
@@ -411,8 +411,8 @@ def test_a_link_is_followed(small: Path) -> None:
 
 
 @posix
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match=f"{re.escape(str(tmp_path))}: not a regular file"):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=f"{re.escape(str(tmp_path))}: a folder without a checkpoint; looked for"):
         storage.read(tmp_path)
 
 
@@ -526,7 +526,7 @@ def test_no_descriptor_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             checkpoint.close()
         else:
             with pytest.raises(FileFormatError):
-                storage.read(path)
+                storage.read_file(path)
     (descriptor,) = opened
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)

@@ -21,6 +21,9 @@ def saving(model: nn.Linear, path: Path) -> None:
     assert_type(report.opaque, tuple[str, ...])
     assert_type(report.compact, tuple[str, ...])
     orthoserde.save(model, "model.safetensors", base="dense")
+    orthoserde.save(model, path, max_shard_size="5GB")
+    orthoserde.save(model, path, max_shard_size=5_000_000_000)
+    orthoserde.save(model, path, max_shard_size=0.5)  # type: ignore[arg-type]
 
 
 def keeping(model: nn.Linear, folder: Path, background: bool) -> None:

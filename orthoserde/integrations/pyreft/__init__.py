@@ -8,6 +8,7 @@ Source: pyreft 0.1.0 (``interventions.py``, ``reft_model.py``) and pyvene 0.1.8 
 
 from orthoserde.integrations.pyreft.classes import extend, is_pyvene
 from orthoserde.integrations.pyreft.folders import read
+from orthoserde.integrations.pyreft.listing import is_folder
 from orthoserde.integrations.pyreft.writing import write
 
-__all__ = ["extend", "is_pyvene", "read", "write"]
+__all__ = ["extend", "is_folder", "is_pyvene", "read", "write"]

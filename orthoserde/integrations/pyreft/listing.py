@@ -34,12 +34,21 @@ def read_state(path: str) -> Checkpoint:
         FileFormatError: It is a file of another sort, or not sound.
         FileAccessError: The system refuses to read it.
     """
-    state = storage.read(path)
+    state = storage.read_file(path)
     # The tensors of a safetensors file would still be in the file, which is closed long before they are wanted.
     if not all(isinstance(source, LiveTensor) for source in state.sources.values()):
         state.close()
         raise FileFormatError(f"{path}: expected a file of torch.save, as pyreft writes it; this is a safetensors file")
     return state
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder with files of interventions at a path, as :func:`folder_of` finds them.
+
+    Raises:
+        FileAccessError: The system refuses to read it.
+    """
+    return bool(_folders_at(os.fsdecode(path)))
 
 
 def folder_of(path: str) -> str:
@@ -49,13 +58,17 @@ def folder_of(path: str) -> str:
         FileFormatError: Neither has any.
         FileAccessError: The system refuses to read it.
     """
-    for folder in (path, os.path.join(path, TRAINER_FOLDER)):
-        if any(name.startswith(PREFIX) for name in _names_in(folder)):
-            return folder
+    for folder in _folders_at(path):
+        return folder
     raise FileFormatError(
         f"{path}: a folder without files of pyreft ({PREFIX}*{SUFFIX}); give a folder that pyreft wrote, or the "
         "path of a checkpoint file"
     )
+
+
+def _folders_at(path: str) -> list[str]:
+    folders = (path, os.path.join(path, TRAINER_FOLDER))
+    return [folder for folder in folders if any(name.startswith(PREFIX) for name in _names_in(folder))]
 
 
 def _names_in(folder: str) -> list[str]:

@@ -1,0 +1,29 @@
+"""Paths to checkpoints: whether a file, an index or a folder stands there."""
+
+from __future__ import annotations
+
+import os
+
+from orthoserde.checkpoint import Checkpoint
+from orthoserde.storage.reader import read_file
+from orthoserde.storage.shards import is_index_name, read_folder, read_index
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint of ours, of another safetensors writer, or of ``torch.save``.
+
+    Args:
+        path: A file, the index of shards, or a folder that holds either under a name that Hugging Face's libraries use.
+
+    Returns:
+        A checkpoint that owns what files it has open; close it, or use it as a context manager.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at that path.
+        FileAccessError: The system refuses to open or read something.
+        FileFormatError: It is none of these, or it is damaged.
+    """
+    name = os.fsdecode(path)
+    if os.path.isdir(name):
+        return read_folder(name)
+    return read_index(name) if is_index_name(name) else read_file(name)

@@ -293,8 +293,8 @@ def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> 
         return  # opening it says so
     try:
         if os.path.lexists(target):
-            parts = files_at(os.path.dirname(real_source) if source.endswith(".json") else source)
-            if any(os.path.exists(part) and os.path.samefile(part, target) for part in [source, *parts]):
+            parts = [source, *files_at(source)]
+            if any(os.path.exists(part) and os.path.samefile(part, target) for part in parts):
                 raise ConfigError(f"{target}: it is the source, or a part of it, which is never written over")
         if _is_in(real_target, real_source):
             raise ConfigError(f"{target}: it lies in the folder that is the source; give a place beside it")

@@ -6,6 +6,9 @@ import os
 
 from orthoserde import storage
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.storage.shards.index import decode_index
+from orthoserde.storage.shards.names import is_index_name, shard_ending
+from orthoserde.storage.shards.reading import read_text
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -51,12 +54,16 @@ def rotations_of(path: str | os.PathLike[str], checkpoint: Checkpoint) -> list[s
 
 
 def files_at(path: str | os.PathLike[str]) -> list[str]:
-    """Paths of the files that a checkpoint is made of: itself, or those in the folder.
+    """Paths of the files that a checkpoint is made of: the file, the index and its shards, or all in the folder.
 
     Raises:
+        FileFormatError: The index is not sound.
         OSError: The system refuses to look.
     """
     name = os.fsdecode(path)
+    if is_index_name(name) and os.path.isfile(name):
+        shards = decode_index(read_text(name), shard_ending(name), name).keys_by_file
+        return [name, *(os.path.join(os.path.dirname(name), shard) for shard in shards)]
     if not os.path.isdir(name):
         return [name]
     if is_pyreft(name):

@@ -34,6 +34,9 @@ MOST_TENSORS = 12
 #: Multiplications (n k k) that a spectrum may take: some seconds.
 MOST_MULTIPLICATIONS = 1 << 35
 
+#: Entries from here on have squares that are not representable.
+LARGEST = 1e150
+
 #: A heatmap has at most this many cells a side; each stands for the largest entry of a block.
 MOST_CELLS = 256
 
@@ -156,7 +159,7 @@ def _matrix(weight: Tensor, orthogonal: bool) -> Tensor | None:
     matrix = matrix.to(torch.complex128 if weight.is_complex() else torch.float64)
     matrix = matrix.mT if matrix.size(0) < matrix.size(1) else matrix
     n, k = matrix.shape
-    return matrix if n * k * k <= MOST_MULTIPLICATIONS and bool(torch.isfinite(matrix.abs()).all()) else None
+    return matrix if n * k * k <= MOST_MULTIPLICATIONS and bool((matrix.abs() < LARGEST).all()) else None
 
 
 def _gram_error(matrix: Tensor) -> Tensor:

@@ -21,11 +21,13 @@ from orthoserde import (
     Fidelity,
     FileAccessError,
     FileFormatError,
+    comparison,
     storage,
 )
 from orthoserde.capture import capture
 from orthoserde.checkpoint import LiveTensor
 from orthoserde.conversion import OURS, PLAIN, TORCH, ConversionReport, Form, convert
+from orthoserde.opening import open_checkpoint
 from orthoserde.transforms import compact as compact_transform
 from tests.helpers import assert_same_state, bits, flip_bit, scramble_
 from tests.integrations.test_pyreft_folders import needs_reader
@@ -283,3 +285,38 @@ def test_no_base_is_worked_out_of_columns_that_make_no_sense(form: Form, tmp_pat
     with pytest.raises(DamagedFileError, match="not orthonormal"):
         convert(tmp_path / "a", tmp_path / "b", form)
     assert not (tmp_path / "b").exists()
+
+
+class TestShards:
+    """A folder of shards, and its index, are sources like any other."""
+
+    @pytest.fixture
+    def shards(self, tmp_path: Path) -> Path:
+        orthoserde.save(make(), tmp_path / "shards", max_shard_size=300)
+        return tmp_path / "shards"
+
+    @pytest.mark.parametrize("name", ["", "model.safetensors.index.json"])
+    def test_they_become_one_file(self, name: str, shards: Path, tmp_path: Path) -> None:
+        assert len(list(shards.iterdir())) > 2
+        report = convert(shards / name, tmp_path / "one", "dense")
+        assert report.source_bytes == sum(path.stat().st_size for path in shards.iterdir())
+        again = make(1)
+        assert orthoserde.load(again, tmp_path / "one").fidelity is Fidelity.EXACT
+        assert_same_state(make(), again)
+
+    @pytest.mark.parametrize("name", ["", "model.safetensors.index.json"])
+    def test_no_shard_is_written_over(self, name: str, shards: Path) -> None:
+        before = {path: path.read_bytes() for path in shards.iterdir()}
+        for path in before:
+            with pytest.raises(ConfigError, match="never written over"):
+                convert(shards / name, path, "dense", force=True)
+        assert {path: path.read_bytes() for path in shards.iterdir()} == before
+
+    def test_nothing_is_written_into_the_folder_that_is_the_source(self, shards: Path) -> None:
+        with pytest.raises(ConfigError, match="lies in the folder that is the source"):
+            convert(shards, shards / "new.safetensors", "dense")
+
+    def test_they_are_the_same_as_one_file(self, shards: Path, source: Path, tmp_path: Path) -> None:
+        orthoserde.save(make(), tmp_path / "one")
+        with open_checkpoint(shards) as one, open_checkpoint(tmp_path / "one") as two:
+            assert comparison.diff(one, two, orthoserde.Registry()).same

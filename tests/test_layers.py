@@ -111,7 +111,6 @@ SIDEWAYS = {
     ("conversion", "opening"),
     ("probe", "parametrizations"),
     ("recompute", "parametrizations"),
-    ("transforms", "names"),
     ("transforms", "recompute"),
     ("walk", "parametrizations"),
     ("__main__", "cli"),

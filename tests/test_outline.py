@@ -45,6 +45,11 @@ def test_those_that_differ_do_not() -> None:
     assert [(each.name, each.last, each.count) for each in tree.branches] == [("0", "1", 2), ("2", "", 1), ("3", "", 1)]
 
 
+def test_names_that_differ_in_more_than_numbers_are_not_alike() -> None:
+    assert [each.name for each in outline(plain("q1.w", "k1.w", "k2.w")).branches] == ["k1", "q1"]
+    assert [leaf.name for leaf in outline(plain("q1", "k1", "k2")).leaves] == ["k1", "q1"]
+
+
 def test_tensors_that_are_alike_stand_once_too() -> None:
     tree = outline(plain(*(f"t{i}" for i in range(10_000)), "u1x", "u2y"))
     assert [(leaf.name, leaf.last, leaf.count) for leaf in tree.leaves] == [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -79,6 +81,15 @@ def test_too_large_and_not_finite_ones_are_left_out(
 ) -> None:
     monkeypatch.setattr(plots, "MOST_MULTIPLICATIONS", 300 * 5 * 5 - 1)
     assert "size" in draw(path, tmp_path / "p.png").left_out["wide.weight"]
+
+
+def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    for value in (math.nan, math.inf, 1e200):
+        layer: Any = weight_norm(nn.Linear(2, 2).double())
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.fill_(value)
+        orthoserde.save(nn.ModuleDict({"a": layer, "b": orthogonal(nn.Linear(2, 2))}), tmp_path / "m")
+        assert list(draw(tmp_path / "m", tmp_path / "p.png").left_out) == ["a.weight"]
 
 
 def test_a_heatmap_has_bounded_cells() -> None:

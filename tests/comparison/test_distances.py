@@ -83,9 +83,12 @@ def test_of_a_stack_all_matrices_count() -> None:
     assert found.largest_angle == pytest.approx(0.4)
 
 
-def test_what_is_not_finite_empty_or_too_large_has_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_far_off_empty_or_too_large_has_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     q = orthonormal(4, 2)
     assert on_manifold(q, q * math.nan) is None
+    assert on_manifold(q, q * 1e300) is None
+    assert on_manifold(q * 0, q) is None
+    assert on_manifold(q, q * 1.1) is not None
     assert on_manifold(q[:, :0], q[:, :0]) is None
     assert on_manifold(q[0], q[0]) is None
     monkeypatch.setattr(distances, "MOST_MULTIPLICATIONS", 15)

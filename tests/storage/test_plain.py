@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from orthoserde import ConfigError, DamagedFileError, FileAccessError, Registry,
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.storage import plain, write_plain, write_torch
+from orthoserde.storage import plain, write_plain, write_torch, writer
 from orthoserde.tensor_bytes import contiguous_strides, dtype_name
 from orthoserde.watching import no_progress, watched
 from tests.helpers import bits, flip_bit
@@ -81,16 +82,25 @@ def test_complex128_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_plain, write_torch])
-def test_a_full_disk_leaves_the_earlier_file(write: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("writes", [0, 1, 3, 5])
+def test_a_full_disk_leaves_the_earlier_file(
+    write: Callable[[Checkpoint, Path], int], writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "m"
     path.write_bytes(b"earlier")
+    done: list[int] = []
+    write_all = writer.write_all
 
     def refuse(file: io.FileIO, block: memoryview) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if len(done) == writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done.append(len(block))
+        write_all(file, block)
 
     monkeypatch.setattr(plain, "write_all", refuse)
+    # torch makes other errors of it, some of them without a word of the disk.
     with pytest.raises(FileAccessError, match="No space left") as raised:
-        write(checkpoint_of(TENSORS), path)  # type: ignore[operator]
+        write(checkpoint_of(TENSORS), path)
     assert raised.value.errno == errno.ENOSPC
     assert [each.name for each in tmp_path.iterdir()] == ["m"]
     assert path.read_bytes() == b"earlier"

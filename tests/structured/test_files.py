@@ -142,7 +142,7 @@ def test_files_of_torchs_form_load_into_it(
     assert torch.equal(module.get_buffer(COLUMNS), twin.get_buffer(COLUMNS))
     assert torch.equal(weight_of(module), weight_of(twin))
     assert report.fidelity is Fidelity.UNVERIFIED
-    assert "saved as torch>orthogonal: the same state" in report.tensors["weight"].action
+    assert "from torch>orthogonal: the same state" in report.tensors["weight"].action
 
 
 @pytest.mark.parametrize(("orthogonal_map", "shape", "dtype"), CASES)
@@ -157,7 +157,7 @@ def test_its_files_load_into_torchs_form(
     assert torch.equal(dense.get_buffer(BASE), twin.get_buffer(BASE))
     assert torch.equal(weight_of(dense), weight_of(twin))
     assert report.fidelity is Fidelity.UNVERIFIED
-    assert "saved as orthoserde>orthogonal: the same state" in str(report)
+    assert "from orthoserde>orthogonal: the same state" in str(report)
 
 
 def test_there_and_back_is_the_same_file(tmp_path: Path) -> None:

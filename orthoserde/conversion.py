@@ -66,7 +66,7 @@ def convert(
     *,
     force: bool = False,
     registry: Registry | None = None,
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
 ) -> ConversionReport:
     """Write what a file holds in another form, without a model.
 
@@ -90,11 +90,23 @@ def convert(
         registry: Codecs of your own.
         progress: Is told the bytes of each block that is read.
 
+    Returns:
+        What was converted, and what was left out of it.
+
     Raises:
         ConfigError: The source cannot have that form, or only with its model; or source and target are one.
         FileAccessError: The target is there already, or the system refuses something. Nothing was written.
         CheckpointNotFoundError: There is no source.
         FileFormatError: The source is not a checkpoint, or damaged. Nothing was written.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = orthoserde.save(orthogonal(torch.nn.Linear(8, 4)), f"{folder}/model.safetensors")
+        ...     report = orthoserde.convert(f"{folder}/model.safetensors", f"{folder}/plain.safetensors", "baked")
+        ...     sorted(orthoserde.inspect(f"{folder}/plain.safetensors").tensors)
+        ['bias', 'weight']
     """
     if form not in get_args(Form):
         raise ConfigError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
@@ -104,7 +116,7 @@ def convert(
     if is_folder:
         return _to_pyreft(origin, goal, form)
     with open_checkpoint(origin) as found:
-        changed, notes = _FORMS[form](watched(found, progress, verify=True), in_process(registry))
+        changed, notes = _FORMS[form](watched(found, progress or no_progress, verify=True), in_process(registry))
         if form in ("baked", "hooks") and goal.lower().endswith(TORCH_ENDINGS):
             changed, more = _plain(changed)
             notes += more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -33,6 +34,7 @@ SIGNATURES = {
     "register": "(kind, version=1, *, adapter=False)",
     "parametrized_tensors": "(model)",
     "diagnose": "(model, optimizer=None)",
+    "convert": "(source, target, form, *, force=False, registry=None, progress=None)",
     "bake_": "(model, *, registry=None)",
     "canonicalize_": "(model, *, optimizer=None, reset_state=False)",
     "Checkpoints": "(folder, *, keep=3, mode='min', prefix='step')",
@@ -63,6 +65,7 @@ ERRORS = {
 VALUES = {
     "BakeReport",
     "CanonicalizeReport",
+    "ConversionReport",
     "ChartReport",
     "Codec",
     "Difference",
@@ -155,8 +158,11 @@ def test_grades_are_ordered() -> None:
     assert [str(grade) for grade in grades] == ["diverges", "deterministic", "within", "bit-exact"]
 
 
-def test_importing_the_package_imports_nothing_heavy_beside_torch() -> None:
-    code = "import torch, sys; before = set(sys.modules); import orthoserde; print(sorted(set(sys.modules) - before))"
+def test_all_that_is_public_imports_nothing_heavy_beside_torch() -> None:
+    code = (
+        "import torch, sys; before = set(sys.modules); from orthoserde import *; "
+        "print(sorted(set(sys.modules) - before))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     brought = {name.split(".")[0] for name in eval(found)}  # noqa: S307  # a list of strings that the line above printed
     assert brought <= {
@@ -171,3 +177,36 @@ def test_importing_the_package_imports_nothing_heavy_beside_torch() -> None:
         "base64",
         "_hmac",
     }
+
+
+def test_importing_the_package_imports_none_of_its_rooms() -> None:
+    code = (
+        "import sys, orthoserde; print(sorted(name for name in sys.modules if name.startswith('orthoserde')), "
+        "'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split("\n")[0] == "['orthoserde', 'orthoserde._version'] False"
+
+
+def test_a_type_checker_sees_each_name_where_it_is_found() -> None:
+    tree = ast.parse(Path(orthoserde.__file__).read_text("utf-8"))
+    seen = {
+        alias.name: str(node.module).removeprefix("orthoserde.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("orthoserde.")
+        for alias in node.names
+    }
+    assert seen.pop("__version__") == "_version"
+    homes: dict[str, tuple[str, ...]] = vars(orthoserde)["_HOMES"]
+    assert seen == {name: home for home, names in homes.items() for name in names}
+    assert set(orthoserde.__all__) <= {*seen, "__version__"}
+
+
+def test_rooms_are_found_without_being_imported_by_hand_and_nothing_else_is() -> None:
+    code = "import orthoserde; print(orthoserde.transforms.bake.__name__, orthoserde.save.__name__, dir(orthoserde))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("bake save [")
+    assert "'canonicalize_'" in found.stdout
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_thing'"):
+        getattr(orthoserde, "no_such_thing")  # noqa: B009
+    assert not hasattr(orthoserde, "_no_such_thing")

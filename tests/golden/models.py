@@ -20,7 +20,8 @@ from typing import Any, cast
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.ao.pruning.sparsifier.utils import FakeSparsity
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import orthoserde
@@ -173,6 +174,17 @@ def hooks() -> nn.Module:
     return model
 
 
+def masks() -> nn.Module:
+    """Masks of torch.ao.pruning, and of torch.nn.utils.prune, which are hooks."""
+    sparse = nn.Linear(4, 3)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    parametrize.register_parametrization(sparse, "weight", FakeSparsity(mask))  # type: ignore[no-untyped-call]
+    pruned = nn.Conv1d(4, 3, 2)
+    for name in ("weight", "bias"):
+        prune.identity(pruned, name)  # type: ignore[no-untyped-call]
+    return nn.ModuleDict({"sparse": sparse, "pruned": pruned})
+
+
 def users() -> nn.Module:
     """Classes of the user: registered and not, chained, nested, tied, shared."""
     chained = orthogonal(nn.Linear(4, 4))
@@ -283,7 +295,7 @@ COMPACT: dict[str, Callable[[], nn.Module]] = {"compact": compact}
 
 
 #: Written by orthoserde 0.1 under torch 2.13.0 alone.
-HOOKS: dict[str, Callable[[], nn.Module]] = {"hooks": hooks}
+HOOKS: dict[str, Callable[[], nn.Module]] = {"hooks": hooks, "masks": masks}
 
 #: Of which training state is saved too. Written by orthoserde 0.1 under torch 2.13.0 alone.
 TRAINING: dict[str, Callable[[], nn.Module]] = {"training": training}

@@ -36,6 +36,7 @@ from tests.golden.models import (
 SHA256 = {
     "compact": "edc239c73d75ae7f35f46f30a94673135a61847bfb59ef1e00d356344cdce5eb",
     "hooks": "7631151357554bdb2f0f446dbfd98038ce0b5571112e9414b4152647ef7ffc3c",
+    "masks": "d5594bfe4f72b850921449cd5c3b451c162cb3472c2849b0c5901c0572cc057a",
     "norms": "55557eb77afcce9307d741905ac6a599930e1c32df0a03f14bff7cb1b0b0c84b",
     "orthogonals": "5d15a00c90465625aa411acc4d172442cdbed0cf5efe271e0f60c62e1271f8e2",
     "plain": "455705f05d14522e60e29af79e7934527f67016b39f95099d608f08677c8b1ad",
@@ -48,6 +49,7 @@ FIDELITY = {
     "orthogonals": Fidelity.EXACT,
     "norms": Fidelity.EXACT,
     "hooks": Fidelity.EXACT,
+    "masks": Fidelity.EXACT,
     "users": Fidelity.UNVERIFIED,
 }
 

@@ -296,7 +296,8 @@ def _check_options(plan: OptimizerPlan, described: GetTensor, mismatch: Callable
         own = options_of(group)
         options = _mapping(decode_tree(stored.options, f"groups.{i}", described), f"groups.{i}")
         for name, value in options.items():
-            if name not in own and name not in SCHEDULED and not takes_any:
+            # What another torch has and leaves off asks for nothing that this one would have to do.
+            if name not in own and name not in SCHEDULED and not takes_any and value is not None and value is not False:
                 mismatch(f"group {i} has the option {name!r} in the file, which a {_name(plan)} here does not know")
             elif name in own and not _alike(own[name], value):
                 mismatch(

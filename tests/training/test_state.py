@@ -657,6 +657,11 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         "group 0 has other parameters",
     ),
     "an unknown option": (lambda r: _options(r, lambda o: o.append(["evil", 1])), "has the option 'evil'"),
+    "an unknown option that is on": (
+        lambda r: _options(r, lambda o: o.append(["evil", True])),
+        "has the option 'evil'",
+    ),
+    "an unknown option that is zero": (lambda r: _options(r, lambda o: o.append(["evil", 0])), "has the option 'evil'"),
     "an option of another type": (
         lambda r: _options(r, lambda o: o.__setitem__(0, ["lr", "fast"])),
         "lr is a str in the file, a float here",
@@ -669,6 +674,22 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     ),
     "another sort of rest": (lambda r: dataclasses.replace(r, rest=3), "expected a dict"),
 }
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_an_option_of_another_torch_that_is_off_is_none_of_ours(value: object, tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.5)
+    trained(model, optimizer, 1)
+    optimizer.param_groups[0]["of_another_torch"] = value
+    orthoserde.save(model, tmp_path / "m", optimizer=optimizer)
+    other = net()
+    resumed = torch.optim.SGD(other.parameters(), momentum=0.5)
+    orthoserde.load(other, tmp_path / "m", optimizer=resumed)
+    for each, its in ((model, optimizer), (other, resumed)):
+        torch.manual_seed(5)
+        trained(each, its, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
@@ -61,6 +61,11 @@ class Opaque(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
+
+
+def save_state(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict without configuration; tied tensors stand under each of their names."""
+    save_file({key: value.clone().contiguous() for key, value in state.items()}, path)
 
 
 def old_weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Any:
@@ -177,8 +182,8 @@ def test_a_converted_file_says_what_one_of_a_model_in_that_form_says(kind: str, 
 @pytest.mark.parametrize("hooked", [True, False])
 def test_a_state_dict_is_converted_by_its_keys(kind: str, place: str, hooked: bool, tmp_path: Path) -> None:
     model = make(kind, place, hooked=hooked)
-    torch.save(dict(model.state_dict()), tmp_path / "state.pt")
-    with storage.read(tmp_path / "state.pt") as checkpoint:
+    save_state(dict(model.state_dict()), tmp_path / "state")
+    with storage.read(tmp_path / "state") as checkpoint:
         change, back = (to_parametrizations, to_hooks) if hooked else (to_hooks, to_parametrizations)
         if place == "from the last":
             assert len(list(normed_tensors(checkpoint.manifest))) == 1
@@ -215,8 +220,8 @@ def test_any_shape_dimension_and_dtype_comes_back(
     with storage.read(folder / "hooks") as checkpoint:
         assert same_bits(bake(checkpoint, REGISTRY).tensor("weight"), bare.weight)
     by_keys = dict(model.state_dict())
-    torch.save(by_keys, folder / "state.pt")
-    with storage.read(folder / "state.pt") as checkpoint:
+    save_state(by_keys, folder / "state")
+    with storage.read(folder / "state") as checkpoint:
         assert set(to_hooks(to_parametrizations(checkpoint)).manifest.tensors) == set(by_keys)
 
 
@@ -248,16 +253,17 @@ def test_what_has_no_form_with_hooks_stays_as_it_is() -> None:
 def test_hooks_of_vectors_and_complex_tensors_stay_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
     shape = (5,) if dtype == torch.float32 else (3, 4)
     model = old_spectral_norm(layer_of(torch.randn(shape, dtype=dtype)))
-    torch.save(dict(model.state_dict()), tmp_path / "state.pt")
-    for checkpoint in (capture(model, REGISTRY), storage.read(tmp_path / "state.pt")):
-        assert to_parametrizations(checkpoint) is checkpoint
-        assert set(bake(checkpoint, REGISTRY).manifest.tensors) == {"weight_orig", "weight_u", "weight_v"}
+    save_state(dict(model.state_dict()), tmp_path / "state")
+    with storage.read(tmp_path / "state") as stored:
+        for checkpoint in (capture(model, REGISTRY), stored):
+            assert to_parametrizations(checkpoint) is checkpoint
+            assert set(bake(checkpoint, REGISTRY).manifest.tensors) == {"weight_orig", "weight_u", "weight_v"}
 
 
 def test_a_complex_parametrization_in_a_state_dict_is_no_hook(tmp_path: Path) -> None:
     model = spectral_norm(layer_of(torch.randn(3, 4, dtype=torch.complex64)))
-    torch.save(dict(model.state_dict()), tmp_path / "state.pt")
-    with storage.read(tmp_path / "state.pt") as checkpoint:
+    save_state(dict(model.state_dict()), tmp_path / "state")
+    with storage.read(tmp_path / "state") as checkpoint:
         assert to_hooks(checkpoint) is checkpoint
         with pytest.raises(ConfigError, match="weight: the file does not say what its parametrizations are"):
             bake(checkpoint, REGISTRY)
@@ -268,8 +274,8 @@ def test_names_that_are_taken_are_left_alone(tmp_path: Path) -> None:
     layer.register_buffer("weight_g", torch.zeros(2))
     checkpoint = capture(layer, REGISTRY)
     assert to_hooks(checkpoint) is checkpoint
-    torch.save(dict(layer.state_dict()), tmp_path / "state.pt")
-    with storage.read(tmp_path / "state.pt") as saved:
+    save_state(dict(layer.state_dict()), tmp_path / "state")
+    with storage.read(tmp_path / "state") as saved:
         assert to_hooks(saved) is saved
 
 
@@ -296,8 +302,8 @@ def test_names_that_are_taken_are_left_alone(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_keys_that_only_look_like_these_are_left_alone(state: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
-    torch.save({key: torch.zeros(shape) for key, shape in state.items()}, tmp_path / "state.pt")
-    with storage.read(tmp_path / "state.pt") as checkpoint:
+    save_state({key: torch.zeros(shape) for key, shape in state.items()}, tmp_path / "state")
+    with storage.read(tmp_path / "state") as checkpoint:
         assert list(normed_tensors(checkpoint.manifest)) == []
         assert to_hooks(checkpoint) is checkpoint
         assert to_parametrizations(checkpoint) is checkpoint
@@ -323,14 +329,14 @@ def test_a_shared_module_is_converted_under_all_its_paths(kind: str, tmp_path: P
         model = shared(register)
         other = shared(parametrization if register is hook else hook)
         expected = file_of(capture(model, REGISTRY), tmp_path / "before")
-        torch.save(dict(model.state_dict()), tmp_path / "copies.pt")
+        save_state(dict(model.state_dict()), tmp_path / "copies")
         save_model(model, str(tmp_path / "aliases"))
-        for path in (tmp_path / "before", tmp_path / "aliases", tmp_path / "copies.pt"):
+        for path in (tmp_path / "before", tmp_path / "aliases", tmp_path / "copies"):
             with storage.read(path) as checkpoint:
                 changed = change(checkpoint)
                 keys = {*changed.manifest.tensors, *changed.manifest.aliases}
                 assert keys == set(other.state_dict())
-                if path.name != "copies.pt":
+                if path.name != "copies":
                     assert set(changed.manifest.aliases) == {key for key in keys if key.startswith("b.")}
                 if path.name == "before":
                     assert file_of(back(changed), tmp_path / "after") == expected
@@ -558,9 +564,9 @@ def test_training_state_goes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hooked", [True, False])
 def test_a_tensor_of_the_name_of_the_baked_one_is_not_overwritten(hooked: bool, tmp_path: Path) -> None:
     state = dict(make(WEIGHT_NORM, "linear", hooked=hooked).state_dict()) | {"a.b.weight": torch.zeros(4, 3)}
-    torch.save(state, tmp_path / "state.pt")
+    save_state(state, tmp_path / "state")
     with (
-        storage.read(tmp_path / "state.pt") as checkpoint,
+        storage.read(tmp_path / "state") as checkpoint,
         pytest.raises(ConfigError, match=r"the file also has a tensor 'a\.b\.weight'"),
     ):
         bake(checkpoint, REGISTRY)
@@ -577,9 +583,9 @@ def test_state_that_contradicts_its_configuration_is_refused_before_anything_is_
 
 def test_state_of_two_dtypes_in_a_state_dict_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     state = old_weight_norm(nn.Linear(3, 4)).state_dict()
-    torch.save(dict(state) | {"weight_v": state["weight_v"].bfloat16()}, tmp_path / "state.pt")
+    save_state(dict(state) | {"weight_v": state["weight_v"].bfloat16()}, tmp_path / "state")
     with (
-        storage.read(tmp_path / "state.pt") as checkpoint,
+        storage.read(tmp_path / "state") as checkpoint,
         pytest.raises(ConfigError, match="recorded with dtype bfloat16, its state gives float32"),
     ):
         bake(checkpoint, REGISTRY)
@@ -602,16 +608,16 @@ def test_vectors_say_which_dimension_of_a_square_weight_is_normalised(
         model(torch.randn(4, size)).square().sum().backward()
         optimizer.step()
     model.eval()(torch.ones(1, size))
-    torch.save(dict(model.state_dict()), tmp_path / "state.pt")
-    with storage.read(tmp_path / "state.pt") as checkpoint:
+    save_state(dict(model.state_dict()), tmp_path / "state")
+    with storage.read(tmp_path / "state") as checkpoint:
         assert same_bits(bake(checkpoint, REGISTRY).tensor("weight"), model.weight)
 
 
 def test_vectors_that_are_of_neither_dimension_are_refused(tmp_path: Path) -> None:
     state = {"weight_orig": torch.eye(4).roll(1, 0), "weight_u": torch.eye(4)[0], "weight_v": torch.eye(4)[2]}
-    torch.save(state, tmp_path / "state.pt")
+    save_state(state, tmp_path / "state")
     with (
-        storage.read(tmp_path / "state.pt") as checkpoint,
+        storage.read(tmp_path / "state") as checkpoint,
         pytest.raises(ConfigError, match="the file does not have the configuration of its torch>spectral_norm"),
     ):
         bake(checkpoint, REGISTRY)

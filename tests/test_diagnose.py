@@ -272,7 +272,11 @@ def test_an_averaged_model_of_one_run_is_on_the_constraint(use_buffers: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_that_torch_left_out_is_found(dtype: torch.dtype) -> None:
-    model = orthogonal(nn.Linear(8, 4, dtype=dtype))
+    try:
+        model = orthogonal(nn.Linear(8, 4, dtype=dtype))
+    except RuntimeError:  # torch 2.3 says so at once; what it would leave is made by hand
+        model = orthogonal(nn.Linear(8, 4)).to(dtype)
+        model.parametrizations.weight[0].base = None
     with pytest.raises(Exception, match=r"."):
         _ = model.weight
     assert codes(diagnose(model)) == [
@@ -565,6 +569,7 @@ def test_meta_tensors_are_named_and_not_looked_into() -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_tensors_of_every_sort_are_let_be() -> None:
     lazy = nn.LazyLinear(3)
     model = nn.Sequential(lazy, orthogonal(nn.Linear(8, 4)))

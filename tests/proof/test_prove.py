@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import orthoserde
 from orthoserde import Fidelity, Grade, testing
@@ -97,10 +98,10 @@ def test_the_computed_weight_alone_is_found_out(tmp_path: Path) -> None:
     model = run[0]
     weights = {"0.weight": model[0].weight, "0.bias": model[0].bias}  # type: ignore[index]
     weights |= {f"2.{name}": parameter for name, parameter in model[2].named_parameters()}  # type: ignore[index]
-    torch.save({name: weight.detach().clone() for name, weight in weights.items()}, tmp_path / "weights.pt")
+    save_file({name: weight.detach().clone() for name, weight in weights.items()}, tmp_path / "weights")
     losses = cases.save_and_go_on(tmp_path, run, cases.step_small)
     make = functools.partial(cases.make_small, "SGD")
-    proof = orthoserde.prove(tmp_path / "weights.pt", make, cases.step_small, reference=files(tmp_path))
+    proof = orthoserde.prove(tmp_path / "weights", make, cases.step_small, reference=files(tmp_path))
     assert (proof.grade, proof.fidelity) == (Grade.DIVERGES, Fidelity.INFERENCE)
     assert proof.losses[0] == pytest.approx(losses[0], rel=1e-6)  # this is why nobody noticed
     assert proof.losses[1:] != pytest.approx(losses[1:], rel=1e-6)

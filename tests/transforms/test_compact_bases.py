@@ -384,4 +384,4 @@ def test_an_inspection_shows_how_it_is_stored(tmp_path: Path, capsys: pytest.Cap
     assert record.chain[0].tensors == {"base": COLUMNS}
     assert record.tensor_keys() == ["parametrizations.weight.original", f"{KEY}.columns"]
     assert cli.main(["inspect", str(tmp_path / "m")]) == 0
-    assert "stored: columns of base" in capsys.readouterr().out
+    assert "stored as columns: base" in " ".join(capsys.readouterr().out.split())

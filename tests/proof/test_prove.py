@@ -98,7 +98,7 @@ def test_the_computed_weight_alone_is_found_out(tmp_path: Path) -> None:
     model = run[0]
     weights = {"0.weight": model[0].weight, "0.bias": model[0].bias}  # type: ignore[index]
     weights |= {f"2.{name}": parameter for name, parameter in model[2].named_parameters()}  # type: ignore[index]
-    save_file({name: weight.detach().clone() for name, weight in weights.items()}, tmp_path / "weights")
+    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, tmp_path / "weights")
     losses = cases.save_and_go_on(tmp_path, run, cases.step_small)
     make = functools.partial(cases.make_small, "SGD")
     proof = orthoserde.prove(tmp_path / "weights", make, cases.step_small, reference=files(tmp_path))

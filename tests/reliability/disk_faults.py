@@ -1,0 +1,150 @@
+"""Have one call of a save fail, then the next one, until none is left; look whether the save told the truth.
+
+After each: it returned, and the new checkpoint is there; or it raised FileAccessError, and the previous one is; or it
+raised CommitUncertainError, and the new one is. No temporary file is left after an exception, no file stays open, and
+no error of what makes the file durable goes unsaid.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orthoserde.storage.leftovers import TEMPORARY_MARK
+from tests.reliability.disk import LEFTOVER, NEW, Case, temporaries
+from tests.reliability.disk_broken import Build, sound
+from tests.reliability.disk_children import Report, at_call, calls_in, run, traced
+from tests.reliability.disk_figures import Figures
+from tests.reliability.disk_kills import working
+
+#: What the system may say. EINTR is no refusal: the call is to be made again, unless it is close or rename.
+ERRORS = ("ENOSPC", "EIO", "EINTR", "EDQUOT", "EACCES")
+
+#: Calls for memory, whose errors are no errors of the disk.
+NOT_THE_DISK = frozenset("brk mmap munmap mremap mprotect madvise futex rt_sigaction rt_sigprocmask".split())
+
+#: Calls whose errors must not be swallowed where they are about a file that is being written.
+MUST_BE_SAID = frozenset("openat fchmod lseek write ftruncate fsync fdatasync close rename renameat renameat2".split())
+
+#: What a save says of itself where an exception does not mean that the previous checkpoint still stands.
+SAVED_NEVERTHELESS = "the new checkpoint is saved"
+
+
+def truth_violations(case: Case, folder: Path, report: Report, swallowed: str = "") -> list[str]:
+    """What is wrong with what a save said, given what stands there now.
+
+    Args:
+        case: What was saved.
+        folder: Where.
+        report: What the save said.
+        swallowed: The call that failed, if a save must not return after that.
+    """
+    seen, violations = case.seen(folder), []
+    if report.error in ("", "CommitUncertainError") or SAVED_NEVERTHELESS in report.message:
+        if seen != NEW:
+            violations.append(f"{report.error or 'it returned'}, but there is {seen}")
+    elif report.error != "FileAccessError":
+        violations.append(f"{report.error}: {report.message}")
+    elif seen != case.before:
+        violations.append(f"FileAccessError, but there is {seen}")
+    if not report.error and swallowed:
+        violations.append(f"it returned after {swallowed}")
+    # A leftover that the system refuses to remove stays.
+    if left := [name for name in temporaries(folder) if name != LEFTOVER]:
+        violations.append(f"{report.error or 'it returned'}, with the temporary files {left}")
+    if report.descriptors:
+        violations.append(f"{report.error or 'it returned'}, with {report.descriptors} more files open")
+    return violations
+
+
+def outcome_of(report: Report) -> str:
+    """What a save said, in short."""
+    return report.error or "returned"
+
+
+_INJECTED = re.compile(r"^\d+ +(?P<name>\w+)\(.* = -1 (?P<error>E\w+) .*\(INJECTED\)$", re.MULTILINE)
+
+
+def by_strace(
+    case: Case,
+    root: Path,
+    figures: Figures,
+    errors: tuple[str, ...] = ERRORS,
+    *,
+    for_good: bool = False,
+    build: Build = sound,
+) -> None:
+    """Have the system refuse the n-th call of each name, for each error.
+
+    Args:
+        case: What is saved.
+        root: A folder for it.
+        figures: Where the points are counted.
+        errors: What it says.
+        for_good: Whether it refuses all that follow, too.
+        build: What saves.
+    """
+    template = root / "template"
+    case.prepare(template)
+    names = Counter(calls_in(traced(working(case, template, build), root / "log").log)).keys() - NOT_THE_DISK
+    shutil.rmtree(template)
+    for name in sorted(names):
+        for error in errors:
+            for number in range(1, 10_000):
+                inject = f"{name}:error={error}:when={number}{'+' if for_good else ''}"
+                if not _refuse(case, root, inject, figures, build):
+                    break
+
+
+def _refuse(case: Case, root: Path, inject: str, figures: Figures, build: Build) -> bool:
+    folder = root / "refused"
+    case.prepare(folder)
+    ended = traced(working(case, folder, build), root / "log", inject)
+    fired = _INJECTED.search(ended.log)
+    if fired is not None:
+        assert ended.report is not None, inject
+        violations = truth_violations(case, folder, ended.report, _to_be_said(fired))
+        figures.point(outcome_of(ended.report), *(f"{case.name}, {inject}: {each}" for each in violations))
+    shutil.rmtree(folder)
+    return fired is not None
+
+
+def _to_be_said(fired: re.Match[str]) -> str:
+    line, name, error = fired[0], fired["name"], fired["error"]
+    about_new_file = TEMPORARY_MARK in line and LEFTOVER not in line
+    if error != "EINTR" and name in MUST_BE_SAID and (about_new_file or name == "fsync"):
+        return f"{error} of {name}"
+    return ""
+
+
+def in_python(case: Case, root: Path, figures: Figures, errors: tuple[str, ...], build: Build = sound) -> None:
+    """Have the n-th call that ``orthoserde.storage`` makes to the disk raise, for each error."""
+    for error in errors:
+        code = getattr(errno, error)
+
+        def refuse(name: str, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        for number in range(1, 10_000):
+            left: list[Callable[[], int]] = []
+
+            def arrange(number: int = number, refuse: Callable[[str], None] = refuse) -> None:
+                at_call(number, refuse)
+
+            if not _patched(case, root, arrange, f"{error} at call {number}", figures, build):
+                break
+            assert not left
+
+
+def _patched(
+    case: Case, root: Path, arrange: Callable[[], object], where: str, figures: Figures, build: Build
+) -> bool:
+    raise NotImplementedError

@@ -1,0 +1,181 @@
+"""Kill a process that saves, at every call and at random moments; look at what each kill left.
+
+After each: the checkpoint at the path is the previous one or the new one, whole; one temporary file at most for each
+file that was being written; and the next save succeeds and removes it, be it an hour later.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from orthoserde.storage.leftovers import TEMPORARY_MARK
+from tests.reliability.disk import NEW, Case, FileCase, make_old, temporaries
+from tests.reliability.disk_broken import Build, sound
+from tests.reliability.disk_children import Child, Ended, at_call, calls_in, run, traced
+from tests.reliability.disk_figures import Figures
+
+#: Files that a save may be writing at the same time, under temporary names: the shards.
+SHARDS = 4
+
+
+def look(case: Case, folder: Path, where: str, figures: Figures) -> None:
+    """Count what a kill has left and say what is wrong with it; then save again, as if it were an hour later."""
+    seen, left = case.seen(folder), temporaries(folder)
+    violations = [] if seen in (case.before, NEW) else [f"{where}: {seen}"]
+    if len(left) > (1 if isinstance(case, FileCase) else SHARDS):
+        violations.append(f"{where}: {len(left)} temporary files")
+    if left:
+        make_old(folder)
+        case.save(folder)
+        if case.seen(folder) != NEW:
+            violations.append(f"{where}: the next save leaves {case.seen(folder)}")
+        if temporaries(folder):
+            violations.append(f"{where}: the next save leaves the temporary files {temporaries(folder)}")
+    figures.outcomes["with a temporary file"] += bool(left)
+    figures.point(seen, *violations)
+
+
+def working(case: Case, folder: Path, build: Build) -> Callable[[], None]:
+    """What a child does: a save by some build."""
+
+    def work() -> None:
+        build()
+        case.save(folder)
+
+    return work
+
+
+def by_strace(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
+    """Kill a save at each of its calls to the system."""
+    template = root / "template"
+    case.prepare(template)
+    calls = Counter(calls_in(traced(working(case, template, build), root / "log").log))
+    assert calls["openat"], calls
+    for name, count in calls.items():
+        for number in range(1, count + 1):
+            inject = f"{name}:signal=SIGKILL:when={number}"
+            _kill(case, root, lambda work, inject=inject: traced(work, root / "log", inject), inject, figures, build)
+    shutil.rmtree(template)
+
+
+def in_python(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
+    """Kill a save at each call that ``orthoserde.storage`` makes to the disk."""
+
+    def die(name: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for number in range(1, 10_000):
+
+        def ran(work: Callable[[], None], number: int = number) -> Ended:
+            def to_die() -> None:
+                at_call(number, die)
+                work()
+
+            return run(to_die)
+
+        if not _kill(case, root, ran, f"call {number}", figures, build):
+            return
+    raise AssertionError("no end of the calls")
+
+
+def _kill(
+    case: Case,
+    root: Path,
+    ran: Callable[[Callable[[], None]], Ended],
+    where: str,
+    figures: Figures,
+    build: Build,
+) -> bool:
+    folder = root / "killed"
+    case.prepare(folder)
+    ended = ran(working(case, folder, build))
+    if ended.killed:
+        look(case, folder, f"{case.name}, {where}", figures)
+    else:
+        assert ended.report is not None
+        if ended.report.error:
+            figures.violations.append(f"{case.name}, {where}: {ended.report.error}: {ended.report.message}")
+    shutil.rmtree(folder)
+    return ended.killed
+
+
+def at_random(case: Case, root: Path, figures: Figures, kills: int, seed: int, build: Build = sound) -> None:
+    """Kill a save at random moments, of which nearly all are between its beginning and its end."""
+    generator = random.Random(seed)
+    folder = root / "random"
+    took = []
+    for _ in range(5):
+        case.prepare(folder)
+        child = Child(working(case, folder, build))
+        begun = time.perf_counter()
+        child.go()
+        child.wait()
+        took.append(time.perf_counter() - begun)
+        shutil.rmtree(folder)
+    for number in range(kills):
+        case.prepare(folder)
+        child = Child(working(case, folder, build))
+        child.go()
+        time.sleep(generator.uniform(0, sorted(took)[2]))
+        child.kill()
+        ended = child.wait()
+        look(case, folder, f"{case.name}, kill {number}", figures)
+        figures.outcomes["after the save had returned"] += ended.report is not None
+        shutil.rmtree(folder)
+
+
+_PATH = r"\d+<([^>]*)>"
+_ON_FILE = re.compile(rf"(write|ftruncate|fsync|fdatasync|close)\({_PATH}.*\) += \d", re.MULTILINE)
+_RENAME = re.compile(r'rename(?:at2?)?\(.*?"([^"]+)".*?"([^"]+)".*\) += 0', re.MULTILINE)
+
+
+def order_by_strace(case: FileCase, root: Path, build: Build = sound) -> list[str]:
+    """Whether a file is on the disk before it gets its name, and the name before the save returns.
+
+    That is what a power cut at any moment needs, and no kill can show, for a kill leaves the system's memory alone.
+    """
+    folder = root / "order"
+    case.prepare(folder)
+    log = traced(working(case, folder, build), root / "log").log
+    shutil.rmtree(folder)
+    done: list[tuple[str, str]] = []
+    for line in log.splitlines():
+        if match := _RENAME.search(line):
+            done.append(("rename", match[1]))
+        elif match := _ON_FILE.search(line):
+            done.append((match[1].replace("fdatasync", "fsync"), match[2]))
+    return order_violations(done, str(folder))
+
+
+def order_violations(done: list[tuple[str, str]], folder: str) -> list[str]:
+    """What is wrong with the order of calls ``(name, path)`` on the files of a folder."""
+    violations = []
+    dirty: set[str] = set()
+    renamed = durable = False
+    for name, path in done:
+        if name in ("write", "ftruncate") and os.path.dirname(path) == folder:
+            dirty.add(path)
+            if TEMPORARY_MARK not in path:
+                violations.append(f"{os.path.basename(path)} is written in place")
+        elif name == "fsync":
+            dirty.discard(path)
+            durable = durable or (renamed and path == folder)
+        elif name == "rename":
+            renamed, durable = True, False
+            if path in dirty:
+                violations.append("a file gets its name before it is on the disk")
+    if not renamed:
+        violations.append("nothing is renamed")
+    if dirty:
+        violations.append("the save returns before the file is on the disk")
+    if not durable:
+        violations.append("the save returns before the name is on the disk")
+    return violations

@@ -91,11 +91,17 @@ def set_mode(descriptor: int, mode: int | None) -> None:
 
 
 def mode_of(name: str) -> int | None:
-    """Permission bits of the file that is about to be replaced, None where there is none."""
+    """Permission bits of the file that is about to be replaced, None where there is none.
+
+    Links have been followed by now. One that still stands there, because the system would not say where it leads, must
+    not be replaced itself.
+    """
     try:
-        status = os.stat(name)
+        status = os.lstat(name)
     except FileNotFoundError:
         return None
+    if stat.S_ISLNK(status.st_mode):
+        raise FileAccessError(errno.ELOOP, "a symbolic link that cannot be followed, so it is not replaced", name)
     if not stat.S_ISREG(status.st_mode):
         raise FileAccessError(errno.EINVAL, "not a regular file, so it is not replaced by a checkpoint", name)
     return stat.S_IMODE(status.st_mode)

@@ -176,9 +176,13 @@ def traced(work: Callable[[], object], log: Path, *inject: str) -> Ended:
 _CALL = re.compile(r"^\d+ +(?:\[pid +\d+\] )?([a-z0-9_]+)\(", re.MULTILINE)
 
 
+#: Calls that a child makes to wait and to end. A save makes none of these: what it reads, it reads at positions.
+_NOT_OF_A_SAVE = frozenset({"exit", "exit_group", "read", "restart_syscall"})
+
+
 def calls_in(log: str) -> list[str]:
-    """The names of the calls to the system in what strace wrote, in order, without the end of the process."""
-    return [name for name in _CALL.findall(log) if name not in ("exit_group", "exit", "restart_syscall")]
+    """The names of the calls to the system that a save made, in order, in what strace wrote."""
+    return [name for name in _CALL.findall(log) if name not in _NOT_OF_A_SAVE]
 
 
 # In Python

@@ -7,9 +7,11 @@ no error of what makes the file durable goes unsaid.
 
 from __future__ import annotations
 
-import builtins
+import contextlib
+import dataclasses
 import errno
 import io
+import mmap
 import os
 import re
 import shutil
@@ -125,26 +127,115 @@ def _to_be_said(fired: re.Match[str]) -> str:
     return ""
 
 
+#: What a child says of the fault that was arranged for it; nothing if it did not come to that.
+HAPPENED, CLOSING = 1, 2
+
+Arrangement = Callable[[mmap.mmap], object]
+
+
 def in_python(case: Case, root: Path, figures: Figures, errors: tuple[str, ...], build: Build = sound) -> None:
     """Have the n-th call that ``orthoserde.storage`` makes to the disk raise, for each error."""
     for error in errors:
-        code = getattr(errno, error)
-
-        def refuse(name: str, code: int = code) -> None:
-            raise OSError(code, os.strerror(code))
-
         for number in range(1, 10_000):
-            left: list[Callable[[], int]] = []
 
-            def arrange(number: int = number, refuse: Callable[[str], None] = refuse) -> None:
+            def arrange(fired: mmap.mmap, number: int = number, error: str = error) -> None:
+                def refuse(name: str) -> None:
+                    fired[0] = CLOSING if name == "close" else HAPPENED
+                    code = getattr(errno, error)
+                    raise OSError(code, os.strerror(code))
+
                 at_call(number, refuse)
 
-            if not _patched(case, root, arrange, f"{error} at call {number}", figures, build):
+            if not _arranged(case, root, arrange, f"{error} at call {number}", figures, build):
                 break
-            assert not left
 
 
-def _patched(
-    case: Case, root: Path, arrange: Callable[[], object], where: str, figures: Figures, build: Build
+def close_failing(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
+    """Have the close() of the new file fail, by closing it just before, behind its back."""
+
+    def arrange(fired: mmap.mmap) -> None:
+        fsync = os.fsync
+
+        def sync_and_close(descriptor: int) -> None:
+            fsync(descriptor)
+            if not fired[0]:
+                fired[0] = 1
+                os.close(descriptor)
+
+        os.fsync = sync_and_close  # type: ignore[assignment]
+
+    assert _arranged(case, root, arrange, "close() fails", figures, build, swallowed="EBADF of close")
+
+
+def _arranged(
+    case: Case,
+    root: Path,
+    arrange: Arrangement,
+    where: str,
+    figures: Figures,
+    build: Build,
+    swallowed: str = "",
 ) -> bool:
-    raise NotImplementedError
+    """Save in a child where something was arranged, which says through shared memory whether it has happened."""
+    folder = root / "refused"
+    case.prepare(folder)
+    with contextlib.closing(mmap.mmap(-1, 1)) as fired:
+
+        def work() -> None:
+            build()
+            arrange(fired)
+            case.save(folder)
+
+        ended = run(work, count_descriptors=True)
+        happened = fired[0]
+    if happened:
+        assert ended.report is not None
+        # What was not closed is open.
+        report = dataclasses.replace(ended.report, descriptors=0) if happened == CLOSING else ended.report
+        violations = truth_violations(case, folder, report, swallowed)
+        figures.point(outcome_of(report), *(f"{case.name}, {where}: {each}" for each in violations))
+    shutil.rmtree(folder)
+    return bool(happened)
+
+
+#: How many of ``n`` bytes a write takes: a signal, a full disk or a limit may stop it anywhere.
+SHORT: dict[str, Callable[[int], int]] = {
+    "one byte": lambda size: min(size, 1),
+    "half": lambda size: size // 2,
+    "all but one": lambda size: max(size - 1, 0),
+    "nothing": lambda size: 0,
+}
+
+
+def short_writes(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
+    """Have the n-th write take only some of its bytes, and truly so, once or for good."""
+    for how, taken in SHORT.items():
+        for for_good in (False, True):
+            for number in range(1, 10_000):
+
+                def arrange(
+                    fired: mmap.mmap,
+                    number: int = number,
+                    taken: Callable[[int], int] = taken,
+                    for_good: bool = for_good,
+                ) -> None:
+                    _write_short(fired, number, taken, for_good)
+
+                where = f"{how} of write {number}{' and of all that follow' if for_good else ''}"
+                if not _arranged(case, root, arrange, where, figures, build):
+                    break
+
+
+def _write_short(fired: mmap.mmap, number: int, taken: Callable[[int], int], for_good: bool) -> None:
+    count = 0
+
+    class Short(io.FileIO):
+        def write(self, block: Any) -> int:
+            nonlocal count
+            count += 1
+            if count != number and not (for_good and count > number):
+                return super().write(block)
+            fired[0] = 1
+            return super().write(memoryview(block)[: taken(len(block))])
+
+    os.fdopen = lambda descriptor, mode, buffering: Short(descriptor, mode.replace("b", ""))  # type: ignore[assignment]

@@ -103,8 +103,11 @@ def test_wherever_an_error_comes_up_one_checkpoint_is_whole(
             return
         check(folder, start)
         stands = has_checkpoint(folder) and equal(loaded(folder), state(make(2.0)))
-        assert stands or not stood, count
-        stood = stands
+        if raised is None:  # what killed saves have left could not be looked for, which fails no save
+            assert stands, count
+        else:
+            assert stands or not stood, count
+            stood = stands
         if isinstance(raised, FileAccessError) and not after:
             saved = isinstance(raised, CommitUncertainError) or "the new checkpoint is saved" in str(raised)
             assert saved == (stands or "is read before it" in str(raised))

@@ -83,7 +83,7 @@ class FileCase:
     @functools.cached_property
     def models(self) -> dict[str, tuple[nn.Module, AdamW | None]]:
         """The previous and the new state."""
-        made = {}
+        made: dict[str, tuple[nn.Module, AdamW | None]] = {}
         for seed, which in enumerate((OLD, NEW)):
             model = make(seed, self.layers, self.width)
             made[which] = (model, trained(model, self.width) if self.optimizer else None)
@@ -124,8 +124,12 @@ class FileCase:
 
     def save(self, folder: Path, which: str = NEW) -> None:
         """The save."""
+        self.save_to(self.path(folder), which)
+
+    def save_to(self, path: Path, which: str = NEW) -> None:
+        """The save, to another path."""
         model, optimizer = self.models[which]
-        orthoserde.save(model, self.path(folder), optimizer=optimizer)
+        orthoserde.save(model, path, optimizer=optimizer)
 
     def seen(self, folder: Path) -> str:
         """What stands there: one of the three, or what is wrong with it."""

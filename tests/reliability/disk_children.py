@@ -42,11 +42,15 @@ class Report:
         error: The class of the exception; "" if the save returned.
         message: Of the exception.
         descriptors: How many files it had open afterwards, less those before; None where it was not asked.
+        value: What the work returned, if that is JSON.
+        errno: Of the exception, if it has one.
     """
 
     error: str = ""
     message: str = ""
     descriptors: int | None = None
+    value: Any = None
+    errno: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Ended:
 
     Attributes:
         report: What it said; None if it was killed before it could.
-        killed: Whether by SIGKILL, and not for its hanging.
+        killed: Whether by a signal, and not for its hanging.
         log: What strace wrote.
     """
 
@@ -86,14 +90,14 @@ class Child:
     def _be_child(self, work: Callable[[], object], waiting: int, count_descriptors: bool) -> None:
         before = len(os.listdir("/proc/self/fd")) if count_descriptors else 0
         os.read(waiting, 1)
-        error = message = ""
+        error, message, code, value = "", "", None, None
         try:
-            work()
+            value = work()
         except Exception as raised:  # of whatever class: that is the question
-            error, message = type(raised).__name__, str(raised)
+            error, message, code = type(raised).__name__, str(raised), getattr(raised, "errno", None)
         sys.setprofile(None)
         after = len(os.listdir("/proc/self/fd")) - before if count_descriptors else None
-        text = json.dumps([error, message, after]).encode()
+        text = json.dumps([error, message, after, value, code]).encode()
         self._memory.write(len(text).to_bytes(4, "little") + text)
 
     def go(self) -> None:

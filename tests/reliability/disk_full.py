@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import resource
 import shutil
@@ -17,12 +18,16 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.reliability.disk import CASES, FILE, NEW, NOTHING, OLD, FileCase, temporaries
+from tests.reliability.disk import FILE, NEW, NOTHING, OLD, FileCase, temporaries
 from tests.reliability.disk_broken import Build, sound
 from tests.reliability.disk_children import run
 from tests.reliability.disk_figures import Figures
-from tests.reliability.disk_mounts import CannotBeArrangedError, mounted, no_new_mounts_elsewhere, set_flags
+from tests.reliability.disk_mounts import CannotBeArrangedError, make_ext4, mounted, no_new_mounts_elsewhere, set_flags
+
+#: What is saved: 20 KB, several pages.
+CASE = FileCase("20 KB, overwrite", width=48)
 
 #: Somebody who is not root.
 NOBODY = 65534
@@ -112,18 +117,14 @@ def _full(place: Place) -> Iterator[None]:
 @row("the disk has room for half of the file (tmpfs)", "ENOSPC", needs_root=True)
 def _half_full(place: Place) -> Iterator[None]:
     with mounted(place.folder, "tmpfs", "size=64k"):
-        _fill(place.folder, 4096)
+        _fill(place.folder, 8192)
         yield
 
 
 @row("the disk is full (ext4)", "ENOSPC", needs_root=True)
 def _full_ext4(place: Place) -> Iterator[None]:
     image = place.folder.with_name("image")
-    if shutil.which("mkfs.ext4") is None:
-        raise CannotBeArrangedError("mkfs.ext4 is not installed")
-    with open(image, "wb") as file:
-        file.truncate(16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], check=True)
+    make_ext4(image)
     with mounted(place.folder, "ext4", "loop", source=str(image)):
         _fill(place.folder, 4096)
         yield
@@ -138,19 +139,48 @@ def _no_inodes(place: Place) -> Iterator[None]:
         yield
 
 
-@row("a quota of the user is used up (tmpfs)", "EDQUOT", needs_root=True)
-def _quota(place: Place) -> Iterator[None]:
-    with mounted(place.folder, "tmpfs", "size=1m,usrquota_block_hardlimit=8k,mode=1777"):
-        os.chown(place.folder / FILE, NOBODY, NOBODY)
-        place.limit = _as_nobody
-        yield
-
-
 @row("the disk is mounted read-only (tmpfs)", "EROFS", needs_root=True)
 def _read_only(place: Place) -> Iterator[None]:
     with mounted(place.folder, "tmpfs", "size=1m"):
         subprocess.run(["mount", "-o", "remount,ro", str(place.folder)], check=True)
         yield
+
+
+class _OverQuota(io.FileIO):
+    """A file of a user whose quota is used up, as local disks say it (at a write) or as NFS does (at close)."""
+
+    at_close = False
+
+    def write(self, block: Any) -> int:
+        if not self.at_close:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return super().write(block)
+
+    def close(self) -> None:
+        was_open = not self.closed
+        super().close()
+        if self.at_close and was_open:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+class _OverQuotaAtClose(_OverQuota):
+    at_close = True
+
+
+def _open_as(kind: type[io.FileIO]) -> None:
+    os.fdopen = lambda descriptor, mode, buffering: kind(descriptor, mode.replace("b", ""))  # type: ignore[assignment]
+
+
+@row("a quota of the user is used up (a stand-in for a disk that says so at a write)", "EDQUOT")
+def _quota_at_write(place: Place) -> Iterator[None]:
+    place.limit = lambda: _open_as(_OverQuota)
+    yield
+
+
+@row("a quota of the user is used up (a stand-in for NFS, which says so at close)", "EDQUOT")
+def _quota_at_close(place: Place) -> Iterator[None]:
+    place.limit = lambda: _open_as(_OverQuotaAtClose)
+    yield
 
 
 # Limits of the process
@@ -315,6 +345,8 @@ Line = dict[str, str]
 
 def table(root: Path, figures: Figures, build: Build = sound) -> list[Line]:
     """Try all rows; return a line for each."""
+    assert CASE.content  # made here once, and not in each child
+    root.chmod(0o755)  # for those who are not root
     lines = []
     for number, each in enumerate(ROWS):
         folder = root / str(number)
@@ -355,12 +387,11 @@ def violations_of(row: Row, line: Line) -> list[str]:
 
 def _try(row: Row, root: Path, build: Build) -> Line:
     no_new_mounts_elsewhere()
-    case = CASES["small, overwrite"]
-    assert isinstance(case, FileCase)
+    case = CASE
     folder = root / "folder"
     folder.mkdir()
     place = Place(folder, folder / FILE)
-    place_case(case, folder)
+    (folder / FILE).write_bytes(case.content[OLD])
     with row.arrange(place):
 
         def work() -> None:
@@ -376,11 +407,6 @@ def _try(row: Row, root: Path, build: Build) -> Line:
         else:
             said = ended.report.error or RETURNED
         return {"said": said, "stands": _stands(case, folder), "temporary files": str(len(temporaries(folder)))}
-
-
-def place_case(case: FileCase, folder: Path) -> None:
-    """Put the previous file into a folder."""
-    (folder / FILE).write_bytes(case.content[OLD])
 
 
 def _stands(case: FileCase, folder: Path) -> str:

@@ -27,6 +27,20 @@ def no_new_mounts_elsewhere() -> None:
         raise CannotBeArrangedError(f"no mounts of its own: {os.strerror(ctypes.get_errno())}")
 
 
+def make_ext4(image: Path, *options: str, size: int = 16 << 20) -> None:
+    """Make an image of an empty ext4 file system."""
+    make_image(image, ["mkfs.ext4", "-q", "-F", "-m", "0", *options], size)
+
+
+def make_image(image: Path, command: list[str], size: int) -> None:
+    """Make an image of a file system with a command of its own."""
+    if shutil.which(command[0]) is None:
+        raise CannotBeArrangedError(f"{command[0]} is not installed")
+    with open(image, "wb") as file:
+        file.truncate(size)
+    subprocess.run([*command, str(image)], check=True, capture_output=True)
+
+
 @contextlib.contextmanager
 def mounted(folder: Path, kind: str, options: str, source: str = "none") -> Iterator[None]:
     """Mount a file system over a folder, which keeps the files that it had, as copies."""
@@ -35,7 +49,7 @@ def mounted(folder: Path, kind: str, options: str, source: str = "none") -> Iter
         ["mount", "-t", kind, "-o", options, source, str(folder)], capture_output=True, text=True, check=False
     )
     if ended.returncode:
-        raise CannotBeArrangedError(f"mount -t {kind} -o {options}: {ended.stderr.strip()}")
+        raise CannotBeArrangedError(f"mount -t {kind} -o {options}: {' '.join(ended.stderr.split())}")
     try:
         for name, content in kept.items():
             (folder / name).write_bytes(content)

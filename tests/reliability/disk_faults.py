@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,21 +150,39 @@ def in_python(case: Case, root: Path, figures: Figures, errors: tuple[str, ...],
                 break
 
 
-def close_failing(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
-    """Have the close() of the new file fail, by closing it just before, behind its back."""
+def underneath(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
+    """Have close() of the new file fail, then fsync of it, then of its folder: below whatever the library makes of it."""
+    fsync = os.fsync
 
-    def arrange(fired: mmap.mmap) -> None:
-        fsync = os.fsync
+    def failing(fired: mmap.mmap, which: int) -> None:
+        count = 0
 
+        def fail(descriptor: int) -> None:
+            nonlocal count
+            count += 1
+            if count == which:
+                fired[0] = HAPPENED
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fsync(descriptor)
+
+        os.fsync = fail  # type: ignore[assignment]
+
+    def closing(fired: mmap.mmap) -> None:
         def sync_and_close(descriptor: int) -> None:
             fsync(descriptor)
             if not fired[0]:
-                fired[0] = 1
-                os.close(descriptor)
+                fired[0] = HAPPENED
+                os.close(descriptor)  # behind its back, so that its own close() finds nothing to close
 
         os.fsync = sync_and_close  # type: ignore[assignment]
 
-    assert _arranged(case, root, arrange, "close() fails", figures, build, swallowed="EBADF of close")
+    for where, arrange in {
+        "EBADF of close": closing,
+        "EIO of fsync": lambda fired: failing(fired, 1),
+        "EIO of the folder's fsync": lambda fired: failing(fired, 2),
+    }.items():
+        if not _arranged(case, root, arrange, where, figures, build, swallowed=where):
+            figures.violations.append(f"{case.name}, {where}: there is no such call")
 
 
 def _arranged(
@@ -182,8 +200,8 @@ def _arranged(
     with contextlib.closing(mmap.mmap(-1, 1)) as fired:
 
         def work() -> None:
-            build()
             arrange(fired)
+            build()
             case.save(folder)
 
         ended = run(work, count_descriptors=True)
@@ -207,9 +225,15 @@ SHORT: dict[str, Callable[[int], int]] = {
 }
 
 
-def short_writes(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
+def short_writes(
+    case: Case,
+    root: Path,
+    figures: Figures,
+    how_short: Mapping[str, Callable[[int], int]] = SHORT,
+    build: Build = sound,
+) -> None:
     """Have the n-th write take only some of its bytes, and truly so, once or for good."""
-    for how, taken in SHORT.items():
+    for how, taken in how_short.items():
         for for_good in (False, True):
             for number in range(1, 10_000):
 
@@ -235,7 +259,7 @@ def _write_short(fired: mmap.mmap, number: int, taken: Callable[[int], int], for
             count += 1
             if count != number and not (for_good and count > number):
                 return super().write(block)
-            fired[0] = 1
+            fired[0] = HAPPENED
             return super().write(memoryview(block)[: taken(len(block))])
 
     os.fdopen = lambda descriptor, mode, buffering: Short(descriptor, mode.replace("b", ""))  # type: ignore[assignment]

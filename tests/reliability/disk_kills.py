@@ -26,7 +26,7 @@ from tests.reliability.disk_figures import Figures
 SHARDS = 4
 
 
-def look(case: Case, folder: Path, where: str, figures: Figures) -> None:
+def look(case: Case, folder: Path, where: str, figures: Figures, build: Build) -> None:
     """Count what a kill has left and say what is wrong with it; then save again, as if it were an hour later."""
     seen, left = case.seen(folder), temporaries(folder)
     violations = [] if seen in (case.before, NEW) else [f"{where}: {seen}"]
@@ -34,7 +34,10 @@ def look(case: Case, folder: Path, where: str, figures: Figures) -> None:
         violations.append(f"{where}: {len(left)} temporary files")
     if left:
         make_old(folder)
-        case.save(folder)
+        if build is sound:
+            case.save(folder)  # here, for a child takes its time
+        else:
+            run(working(case, folder, build))
         if case.seen(folder) != NEW:
             violations.append(f"{where}: the next save leaves {case.seen(folder)}")
         if temporaries(folder):
@@ -98,7 +101,7 @@ def _kill(
     case.prepare(folder)
     ended = ran(working(case, folder, build))
     if ended.killed:
-        look(case, folder, f"{case.name}, {where}", figures)
+        look(case, folder, f"{case.name}, {where}", figures, build)
     else:
         assert ended.report is not None
         if ended.report.error:
@@ -127,55 +130,6 @@ def at_random(case: Case, root: Path, figures: Figures, kills: int, seed: int, b
         time.sleep(generator.uniform(0, sorted(took)[2]))
         child.kill()
         ended = child.wait()
-        look(case, folder, f"{case.name}, kill {number}", figures)
+        look(case, folder, f"{case.name}, kill {number}", figures, build)
         figures.outcomes["after the save had returned"] += ended.report is not None
         shutil.rmtree(folder)
-
-
-_PATH = r"\d+<([^>]*)>"
-_ON_FILE = re.compile(rf"(write|ftruncate|fsync|fdatasync|close)\({_PATH}.*\) += \d", re.MULTILINE)
-_RENAME = re.compile(r'rename(?:at2?)?\(.*?"([^"]+)".*?"([^"]+)".*\) += 0', re.MULTILINE)
-
-
-def order_by_strace(case: FileCase, root: Path, build: Build = sound) -> list[str]:
-    """Whether a file is on the disk before it gets its name, and the name before the save returns.
-
-    That is what a power cut at any moment needs, and no kill can show, for a kill leaves the system's memory alone.
-    """
-    folder = root / "order"
-    case.prepare(folder)
-    log = traced(working(case, folder, build), root / "log").log
-    shutil.rmtree(folder)
-    done: list[tuple[str, str]] = []
-    for line in log.splitlines():
-        if match := _RENAME.search(line):
-            done.append(("rename", match[1]))
-        elif match := _ON_FILE.search(line):
-            done.append((match[1].replace("fdatasync", "fsync"), match[2]))
-    return order_violations(done, str(folder))
-
-
-def order_violations(done: list[tuple[str, str]], folder: str) -> list[str]:
-    """What is wrong with the order of calls ``(name, path)`` on the files of a folder."""
-    violations = []
-    dirty: set[str] = set()
-    renamed = durable = False
-    for name, path in done:
-        if name in ("write", "ftruncate") and os.path.dirname(path) == folder:
-            dirty.add(path)
-            if TEMPORARY_MARK not in path:
-                violations.append(f"{os.path.basename(path)} is written in place")
-        elif name == "fsync":
-            dirty.discard(path)
-            durable = durable or (renamed and path == folder)
-        elif name == "rename":
-            renamed, durable = True, False
-            if path in dirty:
-                violations.append("a file gets its name before it is on the disk")
-    if not renamed:
-        violations.append("nothing is renamed")
-    if dirty:
-        violations.append("the save returns before the file is on the disk")
-    if not durable:
-        violations.append("the save returns before the name is on the disk")
-    return violations

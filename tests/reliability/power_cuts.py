@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +61,17 @@ CASES = (
 DELAYS = (0.0, 7.0)
 
 
-def cut(disk: Disk, case: FileCase, root: Path, figures: Figures, cuts: int, seed: int, build: Build = sound) -> None:
+def cut(
+    disk: Disk,
+    case: FileCase,
+    root: Path,
+    figures: Figures,
+    cuts: int,
+    *,
+    seed: int = 0,
+    delays: Sequence[float] = DELAYS,
+    build: Build = sound,
+) -> None:
     """Cut the power at some moments during a save, and after its return.
 
     Args:
@@ -72,6 +81,7 @@ def cut(disk: Disk, case: FileCase, root: Path, figures: Figures, cuts: int, see
         figures: Where the points are counted.
         cuts: At how many moments during a save; each needs a save of its own.
         seed: For the moments.
+        delays: Seconds after the return of a save at which the power is cut.
         build: What saves.
 
     Raises:
@@ -83,7 +93,7 @@ def cut(disk: Disk, case: FileCase, root: Path, figures: Figures, cuts: int, see
     for number in range(cuts + 1):
         # The last one is the save that returns.
         after = None if number == cuts else generator.random()
-        report = run(lambda after=after: list(_cut_once(disk, case, root, after, build))).report
+        report = run(lambda after=after: list(_cut_once(disk, case, root, after, delays, build))).report
         assert report is not None
         if report.error == CannotBeArrangedError.__name__:
             raise CannotBeArrangedError(report.message)
@@ -95,7 +105,7 @@ def cut(disk: Disk, case: FileCase, root: Path, figures: Figures, cuts: int, see
 
 
 def _cut_once(
-    disk: Disk, case: FileCase, root: Path, during: float | None, build: Build
+    disk: Disk, case: FileCase, root: Path, during: float | None, delays: Sequence[float], build: Build
 ) -> Iterator[tuple[str, str]]:
     """Save once, in mounts of its own; cut the power when this part of the usual time has passed, or after the return."""
     if os.geteuid() != 0:
@@ -119,7 +129,7 @@ def _cut_once(
             ended = child.wait()
             assert ended.report is not None
             assert not ended.report.error, ended.report
-            for delay in DELAYS:
+            for delay in delays:
                 time.sleep(delay)
                 copies.append((f"after the return, {delay} s", _copy(image, root / f"copy-{delay}")))
     for moment, copy in copies:
@@ -149,8 +159,3 @@ def _copy(image: Path, copy: Path) -> Path:
                 position += os.sendfile(target.fileno(), source.fileno(), position, end - position)
         target.truncate(size)
     return copy
-
-
-def disks_here() -> dict[str, str]:
-    """Why each disk cannot be had here; "" for those that can."""
-    return {name: "" if shutil.which(disk.make[0]) else f"{disk.make[0]} is not installed" for name, disk in DISKS.items()}

@@ -1,6 +1,6 @@
 """Saves whose outcome can be told from what stands on the disk: the previous checkpoint, the new one, or neither whole.
 
-The same state gives the same bytes, so one file is compared with all the bytes that a save nobody disturbed has written.
+The same state gives the same bytes, so a file is compared with all the bytes that a save nobody disturbed has written.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 
 from orthoserde.errors import FileAccessError
 from orthoserde.storage import atomic, leftovers, writer
+from tests.reliability.disk_children import patch
 
 Build = Callable[[], None]
 
@@ -23,25 +24,25 @@ def sound() -> None:
     """The build as it is."""
 
 
-def _is_folder(descriptor: int) -> bool:
+def _is_folder(descriptor: Any) -> bool:
     return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
 def without_fsync() -> None:
     """Files are not forced to the disk; the folder is."""
     fsync = os.fsync
-    os.fsync = lambda descriptor: fsync(descriptor) if _is_folder(descriptor) else None  # type: ignore[assignment]
+    patch(os, "fsync", lambda descriptor: fsync(descriptor) if _is_folder(descriptor) else None)
 
 
 def without_fsync_of_the_folder() -> None:
     """A name is not forced to the disk."""
-    atomic.sync_folder = lambda folder: None
+    patch(atomic, "sync_folder", lambda folder: None)
 
 
 def with_fsync_after_the_rename() -> None:
     """The file is forced to the disk when it has its name."""
     replace, without = os.replace, os.fsync
-    os.fsync = lambda descriptor: without(descriptor) if _is_folder(descriptor) else None  # type: ignore[assignment]
+    patch(os, "fsync", lambda descriptor: without(descriptor) if _is_folder(descriptor) else None)
 
     def late(source: str, target: str) -> None:
         replace(source, target)
@@ -49,7 +50,7 @@ def with_fsync_after_the_rename() -> None:
         without(descriptor)
         os.close(descriptor)
 
-    os.replace = late  # type: ignore[assignment]
+    patch(os, "replace", late)
 
 
 def in_place() -> None:
@@ -64,12 +65,12 @@ def in_place() -> None:
         except OSError as error:
             raise atomic.refused(error, "cannot write", str(path)) from error
 
-    writer.replacing = replacing
+    patch(writer, "replacing", replacing)
 
 
 def without_unlink() -> None:
     """A save that fails leaves its temporary file."""
-    os.unlink = lambda path: None  # type: ignore[assignment]
+    patch(os, "unlink", lambda path: None)
 
 
 class _Careless(io.FileIO):
@@ -80,7 +81,7 @@ class _Careless(io.FileIO):
 
 def with_close_errors_ignored() -> None:
     """An error of close() is not reported."""
-    os.fdopen = lambda descriptor, mode, buffering: _Careless(descriptor, mode.replace("b", ""))  # type: ignore[assignment]
+    patch(os, "fdopen", lambda descriptor, mode, buffering: _Careless(descriptor, mode.replace("b", "")))
 
 
 def with_fsync_errors_ignored() -> None:
@@ -91,28 +92,28 @@ def with_fsync_errors_ignored() -> None:
         with contextlib.suppress(OSError):
             fsync(descriptor)
 
-    os.fsync = careless
+    patch(os, "fsync", careless)
 
 
 def with_short_writes_ignored() -> None:
     """What a write did not write is not written."""
-    writer.write_all = lambda file, block: file.write(block)  # type: ignore[assignment]
+    patch(writer, "write_all", lambda file, block: file.write(block))
 
 
 def with_one_exception_for_all() -> None:
     """An error after the rename is told as one before it."""
-    atomic.CommitUncertainError = FileAccessError  # type: ignore[misc]
+    patch(atomic, "CommitUncertainError", FileAccessError)
 
 
 def with_leftovers_kept() -> None:
     """What killed saves have left stays for ever."""
-    leftovers.remove_leftovers = lambda folder, is_target: None
+    patch(leftovers, "remove_leftovers", lambda folder, is_target: None)
 
 
 def with_leftovers_unproven() -> None:
     """Temporary files of others are taken for leftovers, however young they are and whoever writes them."""
-    leftovers._is_old = lambda status: True
-    leftovers.try_lock = lambda descriptor: True
+    patch(leftovers, "_is_old", lambda status: True)
+    patch(leftovers, "try_lock", lambda descriptor: True)
 
 
 def with_one_temporary_name() -> None:
@@ -121,8 +122,8 @@ def with_one_temporary_name() -> None:
     def create(name: str) -> tuple[str, int]:
         return name + ".tmp", os.open(name + ".tmp", os.O_RDWR | os.O_CREAT, 0o666)
 
-    secrets.token_hex = lambda count=None: "0" * 16
-    atomic.create_temporary = create
+    patch(secrets, "token_hex", lambda count=None: "0" * 16)
+    patch(atomic, "create_temporary", create)
 
 
 BUILDS: dict[str, Build] = {

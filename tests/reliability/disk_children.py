@@ -29,8 +29,26 @@ PATIENCE = 60.0
 
 #: Functions that touch the disk, by the names that Python gives them.
 DISK_CALLS = frozenset(
-    "open fdopen stat lstat fstat listdir flock fchmod seek write truncate fsync replace unlink mkdir rmdir close "
-    "__exit__".split()
+    [
+        "open",
+        "fdopen",
+        "stat",
+        "lstat",
+        "fstat",
+        "listdir",
+        "flock",
+        "fchmod",
+        "seek",
+        "write",
+        "truncate",
+        "fsync",
+        "replace",
+        "unlink",
+        "mkdir",
+        "rmdir",
+        "close",
+        "__exit__",
+    ]
 )
 
 
@@ -137,6 +155,11 @@ def run(work: Callable[[], object], *, count_descriptors: bool = False) -> Ended
     child = Child(work, count_descriptors=count_descriptors)
     child.go()
     return child.wait()
+
+
+def patch(owner: object, name: str, value: object) -> None:
+    """Put something else in a module's place for a name: for good, since a child does not live long."""
+    setattr(owner, name, value)
 
 
 # By strace

@@ -23,7 +23,7 @@ from typing import Any
 from orthoserde.storage.leftovers import TEMPORARY_MARK
 from tests.reliability.disk import LEFTOVER, NEW, Case, temporaries
 from tests.reliability.disk_broken import Build, sound
-from tests.reliability.disk_children import Report, at_call, calls_in, run, traced
+from tests.reliability.disk_children import Report, at_call, calls_in, patch, run, traced
 from tests.reliability.disk_figures import Figures
 from tests.reliability.disk_kills import working
 
@@ -31,10 +31,26 @@ from tests.reliability.disk_kills import working
 ERRORS = ("ENOSPC", "EIO", "EINTR", "EDQUOT", "EACCES")
 
 #: Calls for memory, whose errors are no errors of the disk.
-NOT_THE_DISK = frozenset("brk mmap munmap mremap mprotect madvise futex rt_sigaction rt_sigprocmask".split())
+NOT_THE_DISK = frozenset(
+    ["brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "futex", "rt_sigaction", "rt_sigprocmask"]
+)
 
 #: Calls whose errors must not be swallowed where they are about a file that is being written.
-MUST_BE_SAID = frozenset("openat fchmod lseek write ftruncate fsync fdatasync close rename renameat renameat2".split())
+MUST_BE_SAID = frozenset(
+    [
+        "openat",
+        "fchmod",
+        "lseek",
+        "write",
+        "ftruncate",
+        "fsync",
+        "fdatasync",
+        "close",
+        "rename",
+        "renameat",
+        "renameat2",
+    ]
+)
 
 #: What a save says of itself where an exception does not mean that the previous checkpoint still stands.
 SAVED_NEVERTHELESS = "the new checkpoint is saved"
@@ -151,7 +167,7 @@ def in_python(case: Case, root: Path, figures: Figures, errors: tuple[str, ...],
 
 
 def underneath(case: Case, root: Path, figures: Figures, build: Build = sound) -> None:
-    """Have close() of the new file fail, then fsync of it, then of its folder: below whatever the library makes of it."""
+    """Have close() of the new file fail, then its fsync, then that of its folder, below what Python makes of it."""
     fsync = os.fsync
 
     def failing(fired: mmap.mmap, which: int) -> None:
@@ -165,7 +181,7 @@ def underneath(case: Case, root: Path, figures: Figures, build: Build = sound) -
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             fsync(descriptor)
 
-        os.fsync = fail  # type: ignore[assignment]
+        patch(os, "fsync", fail)
 
     def closing(fired: mmap.mmap) -> None:
         def sync_and_close(descriptor: int) -> None:
@@ -174,7 +190,7 @@ def underneath(case: Case, root: Path, figures: Figures, build: Build = sound) -
                 fired[0] = HAPPENED
                 os.close(descriptor)  # behind its back, so that its own close() finds nothing to close
 
-        os.fsync = sync_and_close  # type: ignore[assignment]
+        patch(os, "fsync", sync_and_close)
 
     for where, arrange in {
         "EBADF of close": closing,
@@ -262,4 +278,4 @@ def _write_short(fired: mmap.mmap, number: int, taken: Callable[[int], int], for
             fired[0] = HAPPENED
             return super().write(memoryview(block)[: taken(len(block))])
 
-    os.fdopen = lambda descriptor, mode, buffering: Short(descriptor, mode.replace("b", ""))  # type: ignore[assignment]
+    patch(os, "fdopen", lambda descriptor, mode, buffering: Short(descriptor, mode.replace("b", "")))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import resource
@@ -22,7 +23,7 @@ from typing import Any
 
 from tests.reliability.disk import FILE, NEW, NOTHING, OLD, FileCase, temporaries
 from tests.reliability.disk_broken import Build, sound
-from tests.reliability.disk_children import run
+from tests.reliability.disk_children import patch, run
 from tests.reliability.disk_figures import Figures
 from tests.reliability.disk_mounts import CannotBeArrangedError, make_ext4, mounted, no_new_mounts_elsewhere, set_flags
 
@@ -168,7 +169,7 @@ class _OverQuotaAtClose(_OverQuota):
 
 
 def _open_as(kind: type[io.FileIO]) -> None:
-    os.fdopen = lambda descriptor, mode, buffering: kind(descriptor, mode.replace("b", ""))  # type: ignore[assignment]
+    patch(os, "fdopen", lambda descriptor, mode, buffering: kind(descriptor, mode.replace("b", "")))
 
 
 @row("a quota of the user is used up (a stand-in for a disk that says so at a write)", "EDQUOT")
@@ -357,7 +358,7 @@ def table(root: Path, figures: Figures, build: Build = sound) -> list[Line]:
             line["not here"] = "only root can arrange it"
         else:
             # In a child, for what is mounted is to be gone with it, whatever happens.
-            report = run(lambda each=each, folder=folder: _try(each, folder, build)).report
+            report = run(functools.partial(_try, each, folder, build)).report
             assert report is not None, each.name
             if report.error == CannotBeArrangedError.__name__:
                 line["not here"] = report.message

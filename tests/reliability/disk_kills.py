@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -16,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from orthoserde.storage.leftovers import TEMPORARY_MARK
 from tests.reliability.disk import NEW, Case, FileCase, make_old, temporaries
 from tests.reliability.disk_broken import Build, sound
 from tests.reliability.disk_children import Child, Ended, at_call, calls_in, run, traced
@@ -65,7 +63,11 @@ def by_strace(case: Case, root: Path, figures: Figures, build: Build = sound) ->
     for name, count in calls.items():
         for number in range(1, count + 1):
             inject = f"{name}:signal=SIGKILL:when={number}"
-            _kill(case, root, lambda work, inject=inject: traced(work, root / "log", inject), inject, figures, build)
+
+            def ran(work: Callable[[], None], inject: str = inject) -> Ended:
+                return traced(work, root / "log", inject)
+
+            _kill(case, root, ran, inject, figures, build)
     shutil.rmtree(template)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from orthoserde.storage.leftovers import TEMPORARY_MARK
 from tests.reliability.disk import FileCase
 from tests.reliability.disk_broken import Build, sound
-from tests.reliability.disk_children import run, traced
+from tests.reliability.disk_children import patch, run, traced
 from tests.reliability.disk_kills import working
 
 _PATH = r"\d+<([^>]*)>"
@@ -85,9 +85,9 @@ def _record(calls: Calls) -> None:
         calls.append(("rename", source))
         replace(source, target)
 
-    os.fdopen = lambda descriptor, mode, buffering: Recorded(descriptor, mode.replace("b", ""))  # type: ignore[assignment]
-    os.fsync = recorded_fsync  # type: ignore[assignment]
-    os.replace = recorded_replace  # type: ignore[assignment]
+    patch(os, "fdopen", lambda descriptor, mode, buffering: Recorded(descriptor, mode.replace("b", "")))
+    patch(os, "fsync", recorded_fsync)
+    patch(os, "replace", recorded_replace)
 
 
 def violations_in(calls: Calls, folder: str) -> list[str]:

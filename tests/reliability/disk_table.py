@@ -7,15 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.reliability import disk_faults, disk_full, disk_kills, disk_order, disk_writers, power_cuts
-from tests.reliability.disk import CASES, FileCase
+from tests.reliability.disk import FileCase
 from tests.reliability.disk_broken import BUILDS, Build, sound
 from tests.reliability.disk_figures import Figures
 from tests.reliability.disk_mounts import CannotBeArrangedError
 
-CASE = CASES["small, overwrite"]
-assert isinstance(CASE, FileCase)
-
-NO_POINTS = "not here"
+CASE = FileCase("small, overwrite")
 
 
 def _kill(root: Path, figures: Figures, build: Build) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def two_writers(root: Path, figures: Figures, saves: int, build: Build = sound) 
         for _ in range(saves):
             CASE.save(folder, which)
 
-    children = [Child(lambda which=which: saving(which)) for which in (OLD, NEW)]
+    children = [Child(functools.partial(saving, which)) for which in (OLD, NEW)]
     for child in children:
         child.go()
     running = {child.pid for child in children}

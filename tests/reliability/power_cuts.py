@@ -7,11 +7,12 @@ the journal as a start of the machine does. Needs root, ``mount``, loop devices 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def cut(
     for number in range(cuts + 1):
         # The last one is the save that returns.
         after = None if number == cuts else generator.random()
-        report = run(lambda after=after: list(_cut_once(disk, case, root, after, delays, build))).report
+        report = run(functools.partial(_cut_once, disk, case, root, after, delays, build)).report
         assert report is not None
         if report.error == CannotBeArrangedError.__name__:
             raise CannotBeArrangedError(report.message)
@@ -106,8 +107,8 @@ def cut(
 
 def _cut_once(
     disk: Disk, case: FileCase, root: Path, during: float | None, delays: Sequence[float], build: Build
-) -> Iterator[tuple[str, str]]:
-    """Save once, in mounts of its own; cut the power when this part of the usual time has passed, or after the return."""
+) -> list[tuple[str, str]]:
+    """Save once, in mounts of its own; cut the power when this part of the usual time has passed, or afterwards."""
     if os.geteuid() != 0:
         raise CannotBeArrangedError("only root can mount images")
     no_new_mounts_elsewhere()
@@ -132,11 +133,13 @@ def _cut_once(
             for delay in delays:
                 time.sleep(delay)
                 copies.append((f"after the return, {delay} s", _copy(image, root / f"copy-{delay}")))
+    seen: list[tuple[str, str]] = []
     for moment, copy in copies:
         with mounted(mounts, disk.kind, "loop", source=str(copy)):
-            yield moment, case.seen(mounts / "checkpoints")
+            seen.append((moment, case.seen(mounts / "checkpoints")))
         copy.unlink()
     image.unlink()
+    return seen
 
 
 #: About as long as a save takes here, together with the start of the child.

@@ -520,7 +520,9 @@ def leftover(target: Path, age: float = 2 * ABANDONED_SECONDS, suffix: str = "0"
 
 @posix
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_save_removes_what_a_killed_save_to_the_same_file_has_left(target: Path, tmp_path: Path, linked: bool) -> None:
+def test_a_save_removes_what_a_killed_save_to_the_same_file_has_left(
+    target: Path, tmp_path: Path, linked: bool
+) -> None:
     leftover(target)
     link = tmp_path / "link"
     if linked:

@@ -32,7 +32,7 @@ STRACE, PYTHON = "calls to the system (strace)", "calls in Python"
 SMALL = ("small, new file", "small, overwrite", "small, through a link", "small, after a leftover")
 
 #: How often a process is killed at random in each case.
-RANDOM = {"with optimizer, new file": 200, "with optimizer, overwrite": 200, "2 MB, overwrite": 100}
+RANDOM = {"small, new file": 150, "small, overwrite": 200, "with optimizer, overwrite": 100, "2 MB, overwrite": 50}
 
 Result = tuple[list[Figures], dict[str, Any]]
 

@@ -92,7 +92,7 @@ class FileCase:
 
     @functools.cached_property
     def content(self) -> dict[str, bytes]:
-        """The bytes of the previous and the new file, each of which was verified, loaded and compared with its model."""
+        """The bytes of the previous and of the new file, each verified, loaded and compared with its model."""
         contents = {}
         with tempfile.TemporaryDirectory() as folder:
             for which, (model, optimizer) in self.models.items():

@@ -77,8 +77,9 @@ def faults(root: Path, soak: bool) -> Result:
             every = soak or case.name in SMALL[:2]
             disk_faults.by_strace(case, root, at_system, disk_faults.ERRORS if every else ("EIO", "EINTR"))
         disk_faults.by_strace(CASES["small, overwrite"], root, at_system, ("ENOSPC",), for_good=True)
+        disk_faults.by_strace(CASES["shards, overwrite"], root, at_system, ("EIO",))
         if soak:
-            disk_faults.by_strace(CASES["shards, overwrite"], root, at_system, ("ENOSPC", "EIO"))
+            disk_faults.by_strace(CASES["shards, overwrite"], root, at_system, ("ENOSPC", "EINTR"))
             disk_faults.by_strace(CASES["with optimizer, overwrite"], root, at_system)
         at_system.ended()
     results.append(in_python := Figures("faults", PYTHON))

@@ -143,7 +143,7 @@ def _cut_once(
 
 
 #: About as long as a save takes here, together with the start of the child.
-USUAL_SECONDS = 0.06
+USUAL_SECONDS = 0.03
 
 
 def _copy(image: Path, copy: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import os
 import subprocess
 import sys
@@ -179,3 +180,31 @@ def test_temporary_files_of_killed_saves_are_removed_when_they_are_old(tmp_path:
         os.utime(path, (0, 0))
     orthoserde.save(make(), tmp_path, max_shard_size=LIMIT)
     assert names(tmp_path) == [f".other.safetensors{TEMPORARY_MARK}{'0' * 16}", *shards(tmp_path), INDEX]
+
+
+@posix
+@pytest.mark.parametrize("count", range(1, 9))
+def test_what_the_system_would_not_say_of_the_previous_checkpoint_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    STARTS["shards"](tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    lstat, left = os.lstat, count
+
+    def refuse(path: str, **named: Any) -> os.stat_result:
+        nonlocal left
+        left -= os.path.basename(path) == INDEX
+        if left == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return lstat(path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", refuse)
+        try:
+            orthoserde.save(make(2.0), tmp_path, max_shard_size=LIMIT)
+        except FileAccessError as error:
+            assert error.errno == errno.EIO
+            if "the new checkpoint is saved" not in str(error):
+                assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+                return
+    assert equal(loaded(tmp_path), state(make(2.0)))

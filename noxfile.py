@@ -97,6 +97,13 @@ def ecosystem(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Run the suites of kills, faults and full disks with many more points, and, as root, those of power cuts."""
+    install(session)
+    session.run("pytest", "-m", "soak", *(session.posargs or ["-v"]))
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Train on handwritten digits, stop, resume from a checkpoint, and compare."""
     install(session)

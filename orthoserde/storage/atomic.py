@@ -10,12 +10,11 @@ import contextlib
 import errno
 import io
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 
 from orthoserde.errors import CommitUncertainError, FileAccessError
-from orthoserde.storage.leftovers import TEMPORARY_MARK, try_lock
+from orthoserde.storage.leftovers import remove_leftovers_of, temporary_name, try_lock
 
 
 @contextlib.contextmanager
@@ -23,7 +22,7 @@ def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator
     """Open a temporary file that becomes ``path`` when the block ends without an exception.
 
     A symbolic link is followed: the file it points to is replaced. The mode is that of the replaced file, or what the
-    umask leaves of 0666 unless ``mode`` is given.
+    umask leaves of 0666 unless ``mode`` is given. What killed saves to the same path have left is removed first.
 
     Args:
         path: The file to create or replace.
@@ -38,6 +37,7 @@ def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator
         name = os.path.realpath(name)
         replaced = mode_of(name)
         mode = mode if replaced is None else replaced
+        remove_leftovers_of(name)  # first, for they may be what fills the disk
         temporary, descriptor = create_temporary(name)
     except OSError as error:
         raise refused(error, "cannot create", name) from error
@@ -68,9 +68,7 @@ def create_temporary(name: str) -> tuple[str, int]:
         Its path, and a descriptor for reading and writing.
     """
     folder, base = os.path.split(name)
-    # The mark and the suffix must fit beside the name: file names end at 255 bytes. No character may be cut in two.
-    stem = os.fsencode(base)[: 255 - 32].decode("utf-8", "ignore")
-    temporary = os.path.join(folder, f".{stem}{TEMPORARY_MARK}{secrets.token_hex(8)}")
+    temporary = os.path.join(folder, temporary_name(base))
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(temporary, flags, 0o666)
     try_lock(descriptor)  # without a lock nobody will take the file for a leftover either
@@ -93,11 +91,17 @@ def set_mode(descriptor: int, mode: int | None) -> None:
 
 
 def mode_of(name: str) -> int | None:
-    """Permission bits of the file that is about to be replaced, None where there is none."""
+    """Permission bits of the file that is about to be replaced, None where there is none.
+
+    Links have been followed by now. One that still stands there, because the system would not say where it leads, must
+    not be replaced itself.
+    """
     try:
-        status = os.stat(name)
+        status = os.lstat(name)
     except FileNotFoundError:
         return None
+    if stat.S_ISLNK(status.st_mode):
+        raise FileAccessError(errno.ELOOP, "a symbolic link that cannot be followed, so it is not replaced", name)
     if not stat.S_ISREG(status.st_mode):
         raise FileAccessError(errno.EINVAL, "not a regular file, so it is not replaced by a checkpoint", name)
     return stat.S_IMODE(status.st_mode)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import stat
 import sys
 import time
@@ -26,7 +27,10 @@ TEMPORARY_MARK = ".orthoserde-"
 #: Seconds since the last write to a temporary file that nobody writes any more.
 ABANDONED_SECONDS = 3600.0
 
-_TEMPORARY = re.compile(rf"\.(?P<target>.+){re.escape(TEMPORARY_MARK)}[0-9a-f]{{16}}", re.DOTALL)
+#: The mark and the suffix must fit beside the name: file names end at 255 bytes.
+_STEM_BYTES = 255 - 32
+
+_TEMPORARY = re.compile(rf"\.(?P<stem>.*){re.escape(TEMPORARY_MARK)}[0-9a-f]{{16}}", re.DOTALL)
 
 
 def try_lock(descriptor: int) -> bool:
@@ -38,6 +42,24 @@ def try_lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def temporary_name(base: str) -> str:
+    """A new name for the temporary file of the file with this name."""
+    return f".{_stem(base)}{TEMPORARY_MARK}{secrets.token_hex(8)}"
+
+
+def _stem(base: str) -> str:
+    # No character may be cut in two.
+    return os.fsencode(base)[:_STEM_BYTES].decode("utf-8", "ignore")
+
+
+def remove_leftovers_of(path: str) -> None:
+    """Remove what killed saves to this very path have left; as :func:`remove_leftovers`."""
+    folder, base = os.path.split(path)
+    stem = _stem(base)
+    # Long names may have a stem in common; but whatever is removed is proven to be nobody's.
+    remove_leftovers(folder, lambda found: found == stem)
 
 
 def remove_leftovers(folder: str, is_target: Callable[[str], bool]) -> None:
@@ -52,7 +74,7 @@ def remove_leftovers(folder: str, is_target: Callable[[str], bool]) -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             match = _TEMPORARY.fullmatch(name)
-            if match is not None and is_target(match["target"]):
+            if match is not None and is_target(match["stem"]):
                 with contextlib.suppress(OSError):
                     _remove_abandoned(os.path.join(folder, name))
 

@@ -36,9 +36,16 @@ class OpenFile:
     name: str
     _seeking: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
+    def status(self) -> os.stat_result:
+        """What the system knows of it, as it is now; raises FileAccessError."""
+        try:
+            return os.fstat(self.raw.fileno())
+        except OSError as error:
+            raise _refused(error, "read", self.name) from error
+
     def size(self) -> int:
-        """Its size in bytes, as it is now."""
-        return os.fstat(self.raw.fileno()).st_size
+        """Its size in bytes, as it is now; raises FileAccessError."""
+        return self.status().st_size
 
     def read(self, count: int, position: int) -> bytes:
         """Return this many bytes from a position on; raises as ``read_into`` does."""
@@ -58,9 +65,7 @@ class OpenFile:
             try:
                 count = self._read_some(memory[done:], position + done)
             except OSError as error:
-                raise FileAccessError(
-                    error.errno, f"cannot read the checkpoint: {error.strerror}", self.name
-                ) from error
+                raise _refused(error, "read", self.name) from error
             if not count:
                 raise FileFormatError(f"{self.name}: the file ends too early; it changed while it was read")
             done += count
@@ -75,8 +80,15 @@ class OpenFile:
             return self.raw.readinto(memory) or 0
 
     def close(self) -> None:
-        """Release the file. Closing twice is harmless."""
-        self.raw.close()
+        """Release the file. Closing twice is harmless. Raises FileAccessError."""
+        try:
+            self.raw.close()
+        except OSError as error:
+            raise _refused(error, "close", self.name) from error
+
+
+def _refused(error: OSError, what: str, name: str) -> FileAccessError:
+    return FileAccessError(error.errno, f"cannot {what} the checkpoint: {error.strerror}", name)
 
 
 def open_file(name: str) -> OpenFile:
@@ -94,15 +106,20 @@ def open_file(name: str) -> OpenFile:
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(error.errno, "no such checkpoint", name) from error
     except OSError as error:
-        raise FileAccessError(error.errno, f"cannot open the checkpoint: {error.strerror}", name) from error
+        raise _refused(error, "open", name) from error
     except ValueError as error:
         raise FileAccessError(errno.EINVAL, str(error), name) from error
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            folder = ", but a folder" if stat.S_ISDIR(mode) else ""
+            raise FileFormatError(f"{name}: not a regular file{folder}")
+        return OpenFile(io.FileIO(descriptor, "rb"), name)
+    except BaseException as error:
         os.close(descriptor)
-        folder = ", but a folder" if stat.S_ISDIR(mode) else ""
-        raise FileFormatError(f"{name}: not a regular file{folder}")
-    return OpenFile(io.FileIO(descriptor, "rb"), name)
+        if isinstance(error, OSError):
+            raise _refused(error, "open", name) from error
+        raise
 
 
 #: What tells whether a file is still the one that was opened.
@@ -110,8 +127,8 @@ Identity = tuple[int, int, int, int]
 
 
 def identity_of(file: OpenFile) -> Identity:
-    """Which file an open file is, and which state of it."""
-    status = os.fstat(file.raw.fileno())
+    """Which file an open file is, and which state of it; raises FileAccessError."""
+    status = file.status()
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -108,11 +109,14 @@ def with_digests(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
 
 
 def write_all(file: io.FileIO, block: memoryview) -> None:
-    """Write bytes where the file stands, however many times the system must be asked."""
+    """Write bytes where the file stands, however many times the system must be asked; raises OSError."""
     for part in _parts(block):
         done = 0
         while done < len(part):
-            done += file.write(part[done:])
+            written = file.write(part[done:])
+            if not written:  # no error, and no progress either: to ask again might be to ask for ever
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += written
 
 
 def _parts(block: memoryview, limit: int = 1 << 30) -> Iterator[memoryview]:

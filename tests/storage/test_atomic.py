@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import socket
@@ -9,8 +10,10 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +21,11 @@ import torch
 from orthoserde import storage
 from orthoserde.errors import CommitUncertainError, FileAccessError
 from orthoserde.storage.atomic import replacing
-from orthoserde.storage.leftovers import TEMPORARY_MARK
+from orthoserde.storage.leftovers import ABANDONED_SECONDS, TEMPORARY_MARK
 from tests.storage.strategies import checkpoint_of
+
+if sys.platform != "win32":
+    import fcntl
 
 posix = pytest.mark.skipif(os.name == "nt", reason="about POSIX files")
 
@@ -499,3 +505,112 @@ def test_no_descriptor_stays_open(target: Path, monkeypatch: pytest.MonkeyPatch)
     for descriptor in opened:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
+
+
+# What killed saves have left
+
+
+def leftover(target: Path, age: float = 2 * ABANDONED_SECONDS, suffix: str = "0" * 16) -> Path:
+    """The temporary file of a save to this file that was killed some seconds ago."""
+    path = target.parent / f".{target.name}{TEMPORARY_MARK}{suffix}"
+    path.write_bytes(b"half of it")
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+@posix
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_save_removes_what_a_killed_save_to_the_same_file_has_left(
+    target: Path, tmp_path: Path, linked: bool
+) -> None:
+    leftover(target)
+    link = tmp_path / "link"
+    if linked:
+        link.symlink_to(target)
+    save_to(link if linked else target)
+    assert target.read_bytes() == b"new"
+    assert sorted(os.listdir(target.parent)) == sorted([target.name, *(["link"] if linked else [])])
+
+
+@posix
+def test_it_goes_before_the_save_writes_for_it_may_be_what_fills_the_disk(target: Path) -> None:
+    left = leftover(target)
+    with replacing(target):
+        assert not left.exists()
+
+
+@posix
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127])
+def test_that_of_a_file_with_a_long_name_is_known_as_well(tmp_path: Path, name: str) -> None:
+    with replacing(tmp_path / name):
+        (temporary,) = os.listdir(tmp_path)
+    (tmp_path / temporary).write_bytes(b"half of it")
+    os.utime(tmp_path / temporary, (0, 0))
+    save_to(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
+@posix
+def test_temporary_files_that_may_be_in_use_or_are_of_other_files_stay(target: Path) -> None:
+    kept = [
+        leftover(target, age=60),
+        leftover(target.with_name("other")),
+        leftover(target.with_name(target.name + "x")),
+        leftover(target, suffix="0" * 15),
+        leftover(target, suffix="f" * 16),
+    ]
+    with kept[-1].open("rb") as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        save_to(target)
+    assert sorted(os.listdir(target.parent)) == sorted(path.name for path in [target, *kept])
+
+
+@posix
+def test_what_cannot_be_looked_for_or_removed_fails_no_save(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = leftover(target)
+    for call in ("listdir", "unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, _no_space)
+            save_to(target, call.encode())
+        assert target.read_bytes() == call.encode()
+        assert left.exists()
+
+
+# What the system may do to a single call
+
+
+@posix
+def test_a_link_that_the_system_would_not_follow_is_not_replaced(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with monkeypatch.context() as patch:
+        # What os.path.realpath gives where the system refuses to say that it is a link, for once.
+        patch.setattr(os.path, "realpath", os.path.abspath)
+        with pytest.raises(FileAccessError, match="a symbolic link that cannot be followed") as caught:
+            save_to(link)
+    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(link))
+    assert link.is_symlink()
+    assert target.read_bytes() == b"previous"
+    assert sorted(os.listdir(tmp_path)) == sorted(["link", target.name])
+
+
+class Lazy(io.FileIO):
+    """A file whose writes take nothing from some write on, without an error."""
+
+    takes = 2
+
+    def write(self, block: Any) -> int:
+        self.takes -= 1
+        return super().write(block) if self.takes >= 0 else 0
+
+
+def test_a_disk_that_takes_nothing_without_an_error_is_not_asked_for_ever(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode, buffering: Lazy(descriptor, "w+"))
+    with pytest.raises(FileAccessError, match="cannot write") as caught:
+        storage.write(checkpoint_of({"a": torch.arange(5), "b": torch.arange(5), "c": torch.arange(5)}), target)
+    assert caught.value.errno == errno.ENOSPC
+    assert_untouched(target)

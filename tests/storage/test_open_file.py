@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orthoserde.errors import FileAccessError, FileFormatError
-from orthoserde.storage.open_file import OpenFile, open_file
+from orthoserde.storage.open_file import OpenFile, identity_of, open_file
 from tests.helpers import WAYS_OF_READING, read_in
 
 CONTENT = random.Random(0).randbytes(100_000)
@@ -72,3 +73,57 @@ def test_an_error_of_the_system_has_errno_and_filename(file: OpenFile) -> None:
     with pytest.raises(FileAccessError, match="cannot read the checkpoint: ") as caught:
         file.read(1, 0)
     assert (caught.value.errno, caught.value.filename) == (errno.EBADF, file.name)
+
+
+# What the system may do to a single call
+
+
+def _refuse(*arguments: object) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="about POSIX descriptors")
+def test_a_file_that_the_system_says_nothing_of_is_refused_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    opened: list[int] = []
+    open_ = os.open
+
+    def recording(name: str, flags: int) -> int:
+        opened.append(open_(name, flags))
+        return opened[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", recording)
+        patch.setattr(os, "fstat", _refuse)
+        with pytest.raises(FileAccessError, match="cannot open the checkpoint: Input/output error") as caught:
+            open_file(str(path))
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+
+
+def test_an_error_of_asking_for_the_size_is_one_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    with contextlib.closing(open_file(str(path))) as file:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", _refuse)
+            for ask in (file.size, lambda: identity_of(file)):
+                with pytest.raises(FileAccessError, match="cannot read the checkpoint") as caught:
+                    ask()
+                assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+        assert file.size() == 7
+
+
+@pytest.mark.skipif(os.name == "nt", reason="about POSIX descriptors")
+def test_an_error_of_close_is_one_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_file(str(path))
+    os.close(file.raw.fileno())
+    with pytest.raises(FileAccessError, match="cannot close the checkpoint") as caught:
+        file.close()
+    assert (caught.value.errno, caught.value.filename) == (errno.EBADF, str(path))

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from orthoserde.errors import FileAccessError, FileFormatError
-from orthoserde.storage.atomic import mode_of, sync_folder
+from orthoserde.storage.atomic import mode_of, refused, sync_folder
 from orthoserde.storage.container import encode_header
 from orthoserde.storage.format import is_shard
 from orthoserde.storage.leftovers import remove_leftovers
@@ -56,7 +56,11 @@ class Standing:
         shards = _shards_of(index)
         if shards is None and os.path.lexists(index):
             raise _not_ours(index)
-        return cls(folder, has_single, shards or frozenset(), mode_of(single if has_single else index))
+        read_by = single if has_single else index
+        try:
+            return cls(folder, has_single, shards or frozenset(), mode_of(read_by))
+        except OSError as error:
+            raise refused(error, "cannot replace", read_by) from error
 
     def may_take(self, name: str, header: bytes) -> bool:
         """Whether a shard with this header may take a name: nothing stands there, or nothing that anyone needs.
@@ -118,6 +122,8 @@ def _is_regular(path: str) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise FileAccessError(error.errno, f"cannot look at what stands there: {error.strerror}", path) from error
 
 
 def _is_own_single(path: str) -> bool:

@@ -189,3 +189,10 @@ def test_a_prefix_on_one_side_is_pointed_out(tmp_path: Path, wrapped: str) -> No
     safetensors.torch.save_file(model.state_dict(), tmp_path / "m")
     with pytest.raises(IncompatibleModelError, match=rf"all keys of the {wrapped} begin with 'module\.'"):
         orthoserde.load(target, tmp_path / "m")
+
+
+def test_a_load_says_what_it_has_widened(tmp_path: Path) -> None:
+    orthoserde.save(nn.Linear(3, 2).half(), tmp_path / "m")
+    report = orthoserde.load(nn.Linear(3, 2), tmp_path / "m")
+    assert report.fidelity is orthoserde.Fidelity.UNVERIFIED
+    assert "float16 restored as float32: weight, bias" in str(report)

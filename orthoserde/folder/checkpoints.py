@@ -170,6 +170,10 @@ class Checkpoints:
             UnsupportedModuleError: As of :func:`orthoserde.save`.
             CommitUncertainError: As of :func:`orthoserde.save`; nothing was removed.
         """
+        unknown = arguments.keys() - SaveArguments.__annotations__.keys()
+        if unknown:
+            text = "; each checkpoint is one file" if "max_shard_size" in unknown else ""
+            raise TypeError(f"save() got an unexpected keyword argument {min(unknown)!r}{text}")
         self.wait()
         own = Record(self._files.prefix, record.checked_step(step), record.checked_metric(metric))
         arguments["metadata"] = record.with_record(arguments.get("metadata"), own)

@@ -25,6 +25,7 @@ from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
 from orthoserde.training import NOTHING, Targets, plan_training
+from orthoserde.training_record import TrainingRecord
 from orthoserde.transforms import expand
 from orthoserde.walk import ParametrizedTensor, take_inventory
 
@@ -99,7 +100,7 @@ def restore(
         tensors=reports,
         fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
         loaded=len(plan.writes) + len(plan.makes),
-        notes=(*plan.notes, *_scope_notes(checkpoint), *checkpoint.notes),
+        notes=(*plan.notes, *_scope_notes(checkpoint), *_training_notes(checkpoint, training), *checkpoint.notes),
         state=wanted.values,
         training=wanted.summary,
     )
@@ -137,6 +138,19 @@ def _scope_notes(checkpoint: Checkpoint) -> list[str]:
     if not count:
         return []
     return [f"{count} tensors were left out when it was saved and not compared: they must be what they were then"]
+
+
+def _training_notes(checkpoint: Checkpoint, targets: Targets) -> list[str]:
+    """What training state the file has and nobody asked for: whoever trains on without it starts another run."""
+    training = checkpoint.manifest.training
+    if training is None:
+        return []
+    left = TrainingRecord(
+        optimizers={label: each for label, each in training.optimizers.items() if label not in targets.optimizers},
+        state={name: each for name, each in training.state.items() if name not in targets.state},
+        rng=None if targets.rng else training.rng,
+    )
+    return [f"in the file, and not asked for: {left}"] if str(left) else []
 
 
 def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device | str | None) -> nn.Module:

@@ -117,8 +117,9 @@ class ComputedWeight:
         return Problem(
             self.name,
             "mismatch",
-            f"its computed weight in the file is off the constraint{distance}: of a model without it, damaged by a "
-            "resume that left it, or rounded; use another checkpoint, or load it with legacy='project' or 'keep'",
+            f"its computed weight in the file is off the constraint{distance}. Either it was saved from a model that "
+            "never had the constraint, or training or rounding has taken it off. Use another checkpoint; or load it "
+            "with legacy='project', which moves it to the constraint, or 'keep', where it can be kept as it is",
         )
 
 

@@ -76,6 +76,7 @@ class _Planner:
         self.made: set[str] = set()
         self.memory: dict[int, list[Tensor]] = {}
         self.swaps: list[tuple[str, Tensor]] = []
+        self.widened: dict[tuple[str, str], list[str]] = {}
         #: Keys that need no further word: a step has matched them, or said what is wrong with them.
         self.settled: set[str] = set(manifest.computed)
         self.left_out = set(manifest.left_out)
@@ -407,6 +408,8 @@ class _Planner:
         if owner is not None and owner.outcome is not None:
             owner.outcome.fidelity = min(owner.outcome.fidelity, Fidelity.UNVERIFIED)
             owner.outcome.action = f"{record.dtype} restored as {target}"
+        else:
+            self.widened.setdefault((record.dtype, target), []).append(key)
         self.plan.lower(Fidelity.UNVERIFIED)
         return dtype
 
@@ -447,6 +450,8 @@ class _Planner:
         self.plan.unexpected = [key for key in everything if key not in self.settled]
         if self.plan.missing:
             self.plan.lower(Fidelity.UNVERIFIED)
+        for (theirs, ours), keys in self.widened.items():
+            self.plan.notes.append(f"{theirs} restored as {ours}: {shorten(keys)}")
         unplaced = [key for key in self.manifest.left_out if self._is_meta(key)]
         if unplaced:
             self.plan.notes.append(f"still on the meta device, because the file leaves them out: {shorten(unplaced)}")

@@ -103,7 +103,8 @@ def mode_of(name: str) -> int | None:
     if stat.S_ISLNK(status.st_mode):
         raise FileAccessError(errno.ELOOP, "a symbolic link that cannot be followed, so it is not replaced", name)
     if not stat.S_ISREG(status.st_mode):
-        raise FileAccessError(errno.EINVAL, "not a regular file, so it is not replaced by a checkpoint", name)
+        folder = ", but a folder; max_shard_size saves into one" if stat.S_ISDIR(status.st_mode) else ""
+        raise FileAccessError(errno.EINVAL, f"not a regular file{folder}, so it is not replaced by a checkpoint", name)
     return stat.S_IMODE(status.st_mode)
 
 

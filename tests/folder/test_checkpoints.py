@@ -354,3 +354,20 @@ def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(3):
         checkpoints.latest()
     assert opened == [str(checkpoints.path(2))]  # that of step 1 was read when 2 was saved
+
+
+def test_arguments_that_a_checkpoint_of_one_file_does_not_have_are_refused(tmp_path: Path) -> None:
+    checkpoints = orthoserde.Checkpoints(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_shard_size'; each checkpoint is one file"):
+        checkpoints.save(1, nn.Linear(2, 2), max_shard_size="1GB")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'optimiser'$"):
+        checkpoints.save(1, nn.Linear(2, 2), optimiser=None)  # type: ignore[call-arg]
+    assert checkpoints.steps() == []
+
+
+def test_its_folder_is_no_checkpoint_and_the_error_names_the_newest(tmp_path: Path) -> None:
+    checkpoints = orthoserde.Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, nn.Linear(2, 2))
+    with pytest.raises(orthoserde.FileFormatError, match=r"it holds step-00000002\.safetensors, step-00000001"):
+        orthoserde.load(nn.Linear(2, 2), tmp_path)

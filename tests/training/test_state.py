@@ -1020,3 +1020,15 @@ def test_names_that_no_file_can_hold_are_refused(tmp_path: Path) -> None:
     for arguments in ({"state": {"\ud800": 1}}, {"optimizer": {"\ud800": Adam(model.parameters())}}):
         with pytest.raises(ConfigError, match="valid Unicode"):
             orthoserde.save(model, tmp_path / "m", **arguments)
+
+
+def test_a_load_says_what_training_state_it_was_not_asked_for(tmp_path: Path) -> None:
+    saved(tmp_path / "m", state={"step": 3, "epoch": 1}, rng=True)
+    found = str(orthoserde.load(net(), tmp_path / "m"))
+    assert "in the file, and not asked for: optimizer (4 parameters), epoch, step, random generators" in found
+    other = net()
+    optimizer = Adam(other.parameters())
+    found = str(orthoserde.load(other, tmp_path / "m", optimizer=optimizer, state={"step": 0}))
+    assert "in the file, and not asked for: epoch, random generators" in found
+    found = str(orthoserde.load(other, tmp_path / "m", optimizer=optimizer, state={"step": 0, "epoch": 0}, rng=True))
+    assert "not asked for" not in found

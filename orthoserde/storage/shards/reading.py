@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import CheckpointNotFoundError, DamagedFileError, FileFormatError
 from orthoserde.manifest import Manifest, TensorRecord
+from orthoserde.reports import printable, shorten
 from orthoserde.storage.container import LENGTH_BYTES, Entry, Header, decode_header
 from orthoserde.storage.format import MANIFEST_KEY, foreign_manifest, holds_envelope, is_shard, shard_mark
 from orthoserde.storage.open_file import OpenFile, Readable, ReopenedFile, identity_of, open_file
@@ -45,7 +46,11 @@ def _read_found(folder: str) -> Checkpoint:
         path = os.path.join(folder, name)
         if os.path.lexists(path):
             return read_index(path) if is_index_name(name) else read_file(path)
-    raise FileFormatError(f"{folder}: a folder without a checkpoint; looked for {', '.join(READ_IN_ORDER)}")
+    others: list[str] = []
+    with contextlib.suppress(OSError):  # this is for a hint alone
+        others = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    hint = f"; it holds {printable(shorten(others[::-1]))}: give the path of one" if others else ""
+    raise FileFormatError(f"{folder}: a folder without a checkpoint{hint}; looked for {', '.join(READ_IN_ORDER)}")
 
 
 def read_index(path: str) -> Checkpoint:

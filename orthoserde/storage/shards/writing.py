@@ -79,7 +79,7 @@ def _made(folder: str) -> Iterator[None]:
             os.mkdir(folder)
             sync_folder(os.path.dirname(folder))
     except OSError as error:
-        raise refused(error, "cannot make the folder of", folder) from error
+        raise refused(error, "max_shard_size saves into a folder: cannot make the folder of", folder) from error
     except ValueError as error:  # a NUL in the path
         raise FileAccessError(errno.EINVAL, str(error), folder) from error
     try:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -358,10 +359,12 @@ def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_arguments_that_a_checkpoint_of_one_file_does_not_have_are_refused(tmp_path: Path) -> None:
     checkpoints = orthoserde.Checkpoints(tmp_path)
+    shards: dict[str, Any] = {"max_shard_size": "1GB"}
+    misspelt: dict[str, Any] = {"optimiser": None}
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_shard_size'; each checkpoint is one file"):
-        checkpoints.save(1, nn.Linear(2, 2), max_shard_size="1GB")  # type: ignore[call-arg]
+        checkpoints.save(1, nn.Linear(2, 2), **shards)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'optimiser'$"):
-        checkpoints.save(1, nn.Linear(2, 2), optimiser=None)  # type: ignore[call-arg]
+        checkpoints.save(1, nn.Linear(2, 2), **misspelt)
     assert checkpoints.steps() == []
 
 

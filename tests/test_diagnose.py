@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
@@ -745,3 +746,25 @@ def test_a_save_with_its_optimizer_warns_of_what_that_will_do(wait: bool | None,
         with pytest.warns(TrainingTrapWarning, match=said):
             orthoserde.load(model, tmp_path / "m", optimizer=decaying)
     checkpoints.close()
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_load_warns_of_a_base_that_a_file_has_in_half_precision(
+    tmp_path: Path, theirs: bool, structured: bool
+) -> None:
+    model = orthoserde.orthogonal(nn.Linear(16, 8), "weight", "cayley", structured=structured)
+    half = {key: value.contiguous().half() for key, value in model.state_dict().items()}
+    if theirs:
+        save_file(half, tmp_path / "m")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", orthoserde.TrainingTrapWarning)
+            orthoserde.save(copy.deepcopy(model).half(), tmp_path / "m")
+    name = "columns" if structured else "base"
+    other = orthoserde.orthogonal(nn.Linear(16, 8), "weight", "cayley", structured=structured)
+    with pytest.warns(
+        orthoserde.TrainingTrapWarning, match=rf"weight\.0\.{name}.* in float16, which has rounded it off"
+    ):
+        orthoserde.load(other, tmp_path / "m")
+    assert "base-off-constraint" in {finding.code for finding in diagnose(other)} or structured

@@ -12,7 +12,13 @@ from torch import nn
 from orthoserde import _torch, evaluate
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import current_config
-from orthoserde.errors import ConfigError, IncompatibleModelError, LegacyCheckpointWarning, Problem
+from orthoserde.errors import (
+    ConfigError,
+    IncompatibleModelError,
+    LegacyCheckpointWarning,
+    Problem,
+    TrainingTrapWarning,
+)
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.recompute import one_line
 from orthoserde.registry import Registry
@@ -82,7 +88,7 @@ def restore(
         check_ties(completed.checkpoint, plan)
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
         _refuse(checkpoint, model, plan, strict)
-        _warn(checkpoint, completed)
+        _warn(checkpoint, completed, plan)
         baked.warn()
         wanted.read(checkpoint, verify=verify)
         digests = completed.checkpoint.manifest.digests if verify else {}
@@ -207,7 +213,16 @@ def _adapter_alone(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def _warn(checkpoint: Checkpoint, completed: Completed) -> None:
+def _warn(checkpoint: Checkpoint, completed: Completed, plan: Plan) -> None:
+    if plan.rounded:
+        dtypes = " and ".join(sorted(set(plan.rounded.values())))
+        warnings.warn(
+            f"the model will not train as it should: {checkpoint.origin} has {shorten(list(plan.rounded))} in {dtypes},"
+            " which has rounded it off orthogonality, and no weight that training reaches from there is orthogonal; "
+            "load a checkpoint that was saved in float32, or the computed weight alone with legacy='project'",
+            TrainingTrapWarning,
+            stacklevel=4,
+        )
     if completed.weights:
         projected = [name for name, weight in completed.weights.items() if weight.projected]
         kept = [name for name, weight in completed.weights.items() if weight.kept]

@@ -87,6 +87,7 @@ class Plan:
         graphs: Weights that hooks have left on the meta device, with graphs that hold on to meta parameters.
         kinds: Kinds of the model's registered modules by path.
         parameters: The model's parameters by key, as they will be.
+        rounded: Bases, or their columns, that were stored too coarsely to be orthogonal: their dtype in the file.
     """
 
     writes: list[Write] = field(default_factory=list)
@@ -103,6 +104,7 @@ class Plan:
     graphs: list[Tensor] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def sharing_memory(self) -> list[list[Write]]:

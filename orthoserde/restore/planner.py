@@ -11,13 +11,22 @@ from orthoserde import _torch
 from orthoserde.evaluate import spoken_for
 from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
 from orthoserde.names import hook_prefixes, local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
+from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.reports import RESTORED, Fidelity, shorten
 from orthoserde.restore.attach import Attachment, build_links
 from orthoserde.restore.compare import compare_chain, compare_module, contradiction, kinds_of
 from orthoserde.restore.places import Owner, Place, same_layout
 from orthoserde.restore.plan import Make, Outcome, Plan, Tie, Write
-from orthoserde.tensor_bytes import DTYPES, dtype_name, is_lossless, may_overlap, overlap, storage_of
+from orthoserde.tensor_bytes import (
+    DTYPES,
+    ORTHONORMAL_DTYPES,
+    dtype_name,
+    is_lossless,
+    may_overlap,
+    overlap,
+    storage_of,
+)
 from orthoserde.walk import Inventory, ParametrizedTensor, Slot, identity, take_inventory
 
 
@@ -349,6 +358,9 @@ class _Planner:
             dtype = None if tensor is None else self._checked_dtype(slot.key, tensor.dtype, owner)
         if dtype is None:
             return
+        coarse = record.dtype not in ORTHONORMAL_DTYPES and record.dtype != dtype_name(dtype)
+        if coarse and isinstance(slot.module, (_torch.OrthogonalModule, Orthogonal)):
+            self.plan.rounded[slot.key] = record.dtype
         if tensor is not None and not fresh and tensor.device.type != "meta":
             if may_overlap(tensor):
                 self.plan.mismatch(slot.key, "its elements share memory (an expanded tensor), so it cannot be written")

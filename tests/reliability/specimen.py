@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations
 
 import orthoserde
 from orthoserde.api import prepare
-from orthoserde.json_values import same
-from orthoserde.manifest import Manifest
+from orthoserde.json_values import JSON, same
+from orthoserde.manifest import Manifest, qualname_of
 from orthoserde.manifest_json import encode_manifest
 from orthoserde.reports import LoadReport
 from orthoserde.storage.writer import with_digests
@@ -108,6 +108,7 @@ def contradicts(specimen: Specimen, path: Path, report: LoadReport) -> str:
     assert isinstance(held, dict)
     for part in (said, held):
         assert isinstance(part["tensors"], dict)
+        part["training"] = _without_modules(part["training"])
         part["tensors"] = {
             key: {name: value for name, value in record.items() if name not in _NOT_RESTORED}
             for key, record in part["tensors"].items()
@@ -117,6 +118,16 @@ def contradicts(specimen: Specimen, path: Path, report: LoadReport) -> str:
     if report.fidelity is orthoserde.Fidelity.EXACT:
         compared += ["parametrized", "modules"]
     return ", ".join(name for name in compared if not same(said[name], held[name]))
+
+
+def _without_modules(training: JSON) -> JSON:
+    """Training state with classes by their names alone, as a load compares them."""
+    if isinstance(training, dict):
+        return {
+            name: qualname_of(value) if name == "class" and isinstance(value, str) else _without_modules(value)
+            for name, value in training.items()
+        }
+    return [_without_modules(item) for item in training] if isinstance(training, list) else training
 
 
 def descriptors() -> int:

@@ -56,6 +56,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Run the long versions of the reliability suites: a million damaged files, and what else takes many minutes."""
+    install(session)
+    session.run("pytest", "-m", "soak", *session.posargs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff; arguments go to ``ruff check``."""

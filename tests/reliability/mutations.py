@@ -153,6 +153,11 @@ def splice(raw: bytes, other: bytes, draw: random.Random) -> bytes:
     return raw[:cut] + other[on:]
 
 
+def append(raw: bytes, other: bytes, draw: random.Random) -> bytes:
+    """Let something follow the file."""
+    return raw + draw.choice((b"\0", draw.randbytes(8), draw.randbytes(600), b"PK\x05\x06" + bytes(18), other))
+
+
 def _data_start(raw: bytes) -> int:
     return LENGTH_BYTES + int.from_bytes(raw[:LENGTH_BYTES], "little")
 
@@ -283,7 +288,8 @@ Mutation = Callable[[bytes, bytes, random.Random], bytes]
 DAMAGING: Mapping[Mutation, int] = {
     set_bytes: 30,
     havoc: 20,
-    splice: 14,
+    splice: 12,
+    append: 2,
     header_structure: 12,
     duplicate_keys: 6,
     manifest_structure: 12,

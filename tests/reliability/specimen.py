@@ -108,7 +108,7 @@ def contradicts(specimen: Specimen, path: Path, report: LoadReport) -> str:
     assert isinstance(held, dict)
     for part in (said, held):
         assert isinstance(part["tensors"], dict)
-        part["training"] = _without_modules(part["training"])
+        part["training"] = _asked_for(part["training"])
         part["tensors"] = {
             key: {name: value for name, value in record.items() if name not in _NOT_RESTORED}
             for key, record in part["tensors"].items()
@@ -120,14 +120,15 @@ def contradicts(specimen: Specimen, path: Path, report: LoadReport) -> str:
     return ", ".join(name for name in compared if not same(said[name], held[name]))
 
 
-def _without_modules(training: JSON) -> JSON:
-    """Training state with classes by their names alone, as a load compares them."""
+def _asked_for(training: JSON) -> JSON:
+    """Training state as a load compares it: classes by their names alone, and no random generators."""
     if isinstance(training, dict):
         return {
-            name: qualname_of(value) if name == "class" and isinstance(value, str) else _without_modules(value)
+            name: qualname_of(value) if name == "class" and isinstance(value, str) else _asked_for(value)
             for name, value in training.items()
+            if name != "rng"
         }
-    return [_without_modules(item) for item in training] if isinstance(training, list) else training
+    return [_asked_for(item) for item in training] if isinstance(training, list) else training
 
 
 def descriptors() -> int:

@@ -122,5 +122,3 @@ def mutants(bench: Bench, tally: Tally, numbers: range) -> None:
 def in_memory() -> tempfile.TemporaryDirectory[str]:
     """A folder that is kept in memory where the system has such a place."""
     return tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)  # noqa: S108
-
-

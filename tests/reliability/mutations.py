@@ -82,7 +82,13 @@ def sealed(parts: Parts, manifest_text: str) -> bytes:
 
 def resealed(parts: Parts, manifest: Mapping[str, Any]) -> bytes:
     """A file of which manifest and header say the same, with the digests of the tensors that it has."""
-    names = {"float32": ("F32", 4), "float64": ("F64", 8), "int64": ("I64", 8), "int32": ("I32", 4), "bool": ("BOOL", 1)}
+    names = {
+        "float32": ("F32", 4),
+        "float64": ("F64", 8),
+        "int64": ("I64", 8),
+        "int32": ("I32", 4),
+        "bool": ("BOOL", 1),
+    }
     try:
         forms = {key: (*names[record["dtype"]], record["shape"]) for key, record in manifest["tensors"].items()}
         order = sorted(forms, key=lambda key: (-forms[key][1], key))

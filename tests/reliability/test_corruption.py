@@ -94,9 +94,7 @@ def test_a_mutation_makes_other_files_and_always_the_same(bench: Bench, mutation
 
 
 @pytest.mark.parametrize("mutation", mutations.LEGAL)
-def test_what_is_called_legal_is_read_as_a_manifest_with_its_digest(
-    bench: Bench, mutation: mutations.Mutation
-) -> None:
+def test_what_is_called_legal_is_read_as_a_manifest_with_its_digest(bench: Bench, mutation: mutations.Mutation) -> None:
     """Else every one of them would be refused for its digest, and nothing behind it would be looked at."""
     told: list[str] = []
     for seed in range(50):

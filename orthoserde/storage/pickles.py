@@ -98,6 +98,8 @@ def check_pickle(file: io.BufferedIOBase | io.BytesIO, name: str) -> int:
     """
     try:
         return _Run(name).all(pickletools.genops(file))
+    except FileFormatError:
+        raise
     except (ValueError, IndexError, KeyError) as error:  # cut off, malformed, or of an empty stack or unknown memo
         raise _refusal(name, "it is cut off or malformed") from error
 
@@ -109,7 +111,7 @@ class _Run:
         self.name = name
         self.stack: list[_Abstract] = []
         self.marked: list[list[_Abstract]] = []
-        self.memo: dict[int, _Abstract] = {}
+        self.memo: dict[object, _Abstract] = {}
         self.strings = 0
         self.containers = 0
 
@@ -128,9 +130,9 @@ class _Run:
                 raise _refusal(self.name, f"it holds an integer of {argument.bit_length()} bits")
             self.stack.append(_VALUE)
         elif code in ("BINPUT", "LONG_BINPUT"):
-            self.memo[_number(argument)] = self.stack[-1]
+            self.memo[argument] = self.stack[-1]
         elif code in ("BINGET", "LONG_BINGET"):
-            self._recall(self.memo[_number(argument)])
+            self._recall(self.memo[argument])
         elif code == "GLOBAL":
             self._name(str(argument))
         elif code in _STEPS:
@@ -223,12 +225,6 @@ _STEPS: dict[str, Callable[[_Run], None]] = {
     "REDUCE": _Run.call,
     "BUILD": _Run.build,
 }
-
-
-def _number(argument: object) -> int:
-    if not isinstance(argument, int):
-        raise ValueError("expected a number")
-    return argument
 
 
 def _refusal(name: str, why: str) -> FileFormatError:

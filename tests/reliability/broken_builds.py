@@ -1,4 +1,4 @@
-"""Deliberately broken builds of the library: each takes one check out. A suite that does not notice is worth nothing."""
+"""Deliberately broken builds of the library: each takes one check out, and a suite has to notice."""
 
 from __future__ import annotations
 

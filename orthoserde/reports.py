@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from orthoserde.errors import legible_name
+
 
 class Fidelity(enum.IntEnum):
     """How faithfully a tensor was restored; a larger value is more faithful.
@@ -395,6 +397,6 @@ def printable(text: str) -> str:
 
 
 def shorten(names: list[str] | tuple[str, ...], most: int = 5) -> str:
-    """Join names for a message, the first few of them."""
-    shown = ", ".join(names[:most])
+    """Join names for a message, the first few of them; they may be those of a stranger."""
+    shown = ", ".join(map(legible_name, names[:most]))
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -83,7 +83,7 @@ _VALUE, _ORDERED_DICT = 0, "an OrderedDict"
 _Abstract = Union[int, str]  # noqa: UP007
 
 
-def check_pickle(file: io.BufferedIOBase | io.BytesIO, name: str) -> int:
+def check_pickle(file: io.BytesIO | io.BufferedReader, name: str) -> int:
     """Run one pickle with values left out; see Note [Pickles].
 
     Args:

@@ -89,7 +89,7 @@ def with_any_pickle(patch: pytest.MonkeyPatch) -> None:
     def trusting(file: Any, **options: Any) -> Any:
         return load(file, **{**options, "weights_only": False, "pickle_module": pickle})
 
-    patch.setattr(torch_files.torch, "load", trusting)
+    patch.setattr(torch, "load", trusting)
     patch.setattr(torch_files, "check_pickle", lambda *arguments: None)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from orthoserde.errors import legible_name
+from orthoserde.errors import SHOWN_CHARACTERS, legible_name
 
 
 class Fidelity(enum.IntEnum):
@@ -158,7 +158,7 @@ class LoadReport:
         if len(notable) > 20:
             lines.append(f"  ... and {len(notable) - 20} more (see the tensors attribute)")
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(legible_name(line, SHOWN_CHARACTERS) for line in lines)
 
 
 @dataclass(frozen=True)

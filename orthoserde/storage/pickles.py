@@ -23,6 +23,9 @@ from orthoserde.tensor_bytes import DTYPES
 #: More than the names of as many tensors as a file may have take.
 MAX_PICKLE_BYTES = 64 << 20
 
+#: More than a module and a name within it take.
+MAX_NAME_BYTES = 4096
+
 #: More lists, tuples and dicts than those tensors are described with.
 MAX_CONTAINERS = 1 << 21
 
@@ -97,11 +100,32 @@ def check_pickle(file: io.BytesIO | io.BufferedReader, name: str) -> int:
         FileFormatError: It does what no state dict needs, or is none that ``torch.save`` writes.
     """
     try:
-        return _Run(name).all(pickletools.genops(file))
+        return _Run(name).all(pickletools.genops(_Bounded(file)))
     except FileFormatError:
         raise
     except (ValueError, IndexError, KeyError) as error:  # cut off, malformed, or of an empty stack or unknown memo
         raise _refusal(name, "it is cut off or malformed") from error
+
+
+class _Bounded(io.BytesIO):
+    """A file of which no more is read at once than a pickle may have, whatever length stands in it."""
+
+    def __init__(self, file: io.BytesIO | io.BufferedReader) -> None:
+        self._file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read a known and reasonable number of bytes."""
+        if size is None or not 0 <= size <= MAX_PICKLE_BYTES:
+            raise ValueError("too long")
+        return self._file.read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Read a line that may be a name."""
+        return self._file.readline(MAX_NAME_BYTES)
+
+    def tell(self) -> int:
+        """Where the file is."""
+        return self._file.tell()
 
 
 class _Run:

@@ -31,7 +31,7 @@ def legible_name(name: str, most: int = SHOWN_OF_A_NAME) -> str:
     more = f"... ({len(name)} characters)" if len(name) > most else ""
     shown = name[:most]
     if not shown.isprintable():
-        shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
+        shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
     return shown + more
 
 

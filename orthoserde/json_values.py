@@ -25,12 +25,12 @@ MAX_DEPTH = 64
 #: Levels of a file around a configuration, so that whatever :func:`to_json` accepts can be read again.
 SURROUNDING_DEPTH = 16
 
-#: More values than the header of any file of weights holds. Python takes up to thirty bytes of memory for each byte of a
-#: text that holds nothing but small values, and a header has up to 100 MB.
+#: More values than the header of any file of weights holds. Python takes up to thirty bytes of memory for each byte of
+#: a text of nothing but small values, and a header has up to 100 MB. Empty lists and objects count twice.
 MAX_VALUES = 1 << 22
 
 #: Before each value stands one of these, but for values of objects, whose keys are counted in their stead.
-_BETWEEN_VALUES = "[{,"
+_BEFORE_VALUES = "[{,"
 
 _DECODER = json.JSONDecoder()
 
@@ -86,17 +86,18 @@ def decode(text: str | bytes, where: str) -> JSON:
 
 def _count_values(text: str) -> int:
     """How many items and pairs a JSON text holds; more, where there are few: signs within strings are counted too."""
-    count = sum(map(text.count, _BETWEEN_VALUES))
+    count = sum(map(text.count, _BEFORE_VALUES))
     if count <= MAX_VALUES:
         return count
     count = position = 0
+    find, string_at, counted = text.find, _DECODER.raw_decode, text.count
     while count <= MAX_VALUES:
-        start = text.find('"', position)
+        start = find('"', position)
         stop = start if start >= 0 else len(text)
-        count += sum(text.count(sign, position, stop) for sign in _BETWEEN_VALUES)
+        count += counted(",", position, stop) + counted("[", position, stop) + counted("{", position, stop)
         if start < 0:
             break
-        position = _DECODER.raw_decode(text, start)[1]
+        position = string_at(text, start)[1]
     return count
 
 

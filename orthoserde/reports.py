@@ -393,7 +393,7 @@ RESTORED = "restored in place"
 
 def printable(text: str) -> str:
     """Escape what a terminal would obey instead of show: names in the files of strangers may hold anything."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shorten(names: list[str] | tuple[str, ...], most: int = 5) -> str:

@@ -131,7 +131,9 @@ OTHER_SORTS: dict[str, Hostile] = {
     "a length of 2**63": refused(container("{}", length=2**63), UNREADABLE),
     "a length of 2**64 - 1": refused(container("{}", length=2**64 - 1), UNREADABLE),
     "a length of 2**64 - 8": refused(container("{}", length=2**64 - 8), UNREADABLE),
-    "a pointer of Git LFS": refused(content(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"), UNREADABLE),
+    "a pointer of Git LFS": refused(
+        content(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"), UNREADABLE
+    ),
     "a page of HTML": refused(content(b"<!doctype html><title>404</title>" * 9), UNREADABLE),
     "gzip": refused(content(gzip.compress(bytes(99))), UNREADABLE),
     "an ELF program": refused(content(b"\x7fELF\x02\x01\x01" + bytes(99)), UNREADABLE),
@@ -249,9 +251,7 @@ NAMES: dict[str, Hostile] = {
     "no elements, 2**62 columns": readable(
         one(shape=[0, 2**62], data_offsets=[0, 0]), "truncated or damaged", DamagedFileError, plain=True
     ),
-    "100,000 dimensions": readable(
-        one(shape=[1] * 100_000), "in the model", inspect=ONE_TENSOR, plain=True
-    ),
+    "100,000 dimensions": readable(one(shape=[1] * 100_000), "in the model", inspect=ONE_TENSOR, plain=True),
 }
 NAMES["no elements, 2**62 columns"] = readable(
     container({"weight": tensor(shape=[0, 2**62], data_offsets=[0, 0])}), "in the model", plain=True
@@ -285,11 +285,14 @@ MANY = "holds more than"
 LARGE: dict[str, Hostile] = {
     "a million empty tensors": refused(_million, "more than 131072 tensors", heavy=True),
     "33 million lists": refused(_filled('{"a":[', "[],", "0]}"), MANY, heavy=True),
-    "24 million objects": refused(_filled('{"a":[', "{},", "0]}"), MANY, heavy=True),
-    "49 million numbers": refused(_filled('{"a":[', "7,", "0]}"), MANY, heavy=True),
-    "16 million keys": refused(_filled('{"a":{', '"":0,', '"":0}}'), MANY, heavy=True),
+    "ten million objects": refused(_filled('{"a":[', "{},", "0]}", 30_000_000), MANY, heavy=True),
+    "15 million numbers": refused(_filled('{"a":[', "7,", "0]}", 30_000_000), MANY, heavy=True),
+    "five million keys": refused(_filled('{"a":{', '"":0,', '"":0}}', 25_000_000), MANY, heavy=True),
     "99 MB of brackets": refused(_filled('{"a":', "[", ""), MANY, heavy=True),
-    "a name of 99 MB": refused(_filled('{"', "n", '":0}'), "expected dtype", heavy=True),
+    "a name of 99 MB": refused(_filled('{"', "n", '":0}'), "header: 'nnnn", heavy=True),
+    "two million objects": refused(
+        _filled('{"a":[', "{},", "0]}", 3 * 2_090_000), "expected dtype, shape and data_offsets", heavy=True
+    ),
     "metadata of 99 MB": readable(
         _filled('{"__metadata__":{"a":"', "é", '"}}'), "in the model", inspect="0 tensors", plain=True, heavy=True
     ),

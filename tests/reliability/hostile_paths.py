@@ -117,7 +117,7 @@ PLACES: dict[str, Hostile] = {
     "a path with a NUL": refused(_text("a\0b"), "null", FileAccessError),
     "no path": refused(_text(""), "no such checkpoint", CheckpointNotFoundError),
     "a path that is too long": refused(_text("a" * 5000), "cannot open", FileAccessError),
-    "a path with a lone surrogate": refused(_text("\ud800"), "", FileAccessError),
+    "a path with a lone surrogate": refused(_text("\ud800"), r"\ud800", FileAccessError),
     "a file within a file": refused(
         lambda folder: container({})(folder) / "model",  # type: ignore[operator]
         "cannot open",
@@ -131,22 +131,36 @@ PLACES: dict[str, Hostile] = {
 
 #: Indices of shards.
 INDICES: dict[str, Hostile] = {
-    "a shard above the folder": refused(_points_at("../model.safetensors"), "expected the name of a .safetensors file in the same folder"),
-    "an absolute shard": refused(_points_at("/etc/passwd"), "expected the name of a .safetensors file in the same folder"),
-    "a shard with a NUL": refused(_points_at("model\0.safetensors"), "expected the name of a .safetensors file in the same folder"),
-    "a shard with an escape": refused(_points_at("\x1b[2J.safetensors"), "expected the name of a .safetensors file in the same folder"),
-    "a shard of another drive": refused(_points_at("C:model.safetensors"), "expected the name of a .safetensors file in the same folder"),
-    "a shard that is a number": refused(_points_at(7), ""),
+    "a shard above the folder": refused(
+        _points_at("../model.safetensors"), "expected the name of a .safetensors file in the same folder"
+    ),
+    "an absolute shard": refused(
+        _points_at("/etc/passwd"), "expected the name of a .safetensors file in the same folder"
+    ),
+    "a shard with a NUL": refused(
+        _points_at("model\0.safetensors"), "expected the name of a .safetensors file in the same folder"
+    ),
+    "a shard with an escape": refused(
+        _points_at("\x1b[2J.safetensors"), "expected the name of a .safetensors file in the same folder"
+    ),
+    "a shard of another drive": refused(
+        _points_at("C:model.safetensors"), "expected the name of a .safetensors file in the same folder"
+    ),
+    "a shard that is a number": refused(_points_at(7), "something that is no string"),
     "a shard that is not there": refused(_points_at("other.safetensors"), "this shard is missing", DamagedFileError),
-    "an index that names itself": refused(_points_at(INDEX), ""),
+    "an index that names itself": refused(_points_at(INDEX), "expected the name of a .safetensors file"),
     "a shard that is a FIFO": refused(
         _index({"metadata": {}, "weight_map": {"weight": FINE}}, _fifo_for_a_shard), "not a regular file"
     ),
     "a tensor that the shard lacks": refused(
-        _index({"metadata": {}, "weight_map": {"weight": FINE, "more": FINE}}), "names a tensor that is not in it", DamagedFileError
+        _index({"metadata": {}, "weight_map": {"weight": FINE, "more": FINE}}),
+        "names a tensor that is not in it",
+        DamagedFileError,
     ),
-    "a tensor that the index lacks": readable(_index({"metadata": {}, "weight_map": {}}), "in the model", plain=True, inspect="0 tensors"),
-    "an index that is a list": refused(_index([]), ""),
+    "a tensor that the index lacks": readable(
+        _index({"metadata": {}, "weight_map": {}}), "in the model", plain=True, inspect="0 tensors"
+    ),
+    "an index that is a list": refused(_index([]), "expected an object"),
     "an index of nothing": refused(_index(""), "not valid JSON"),
     "an index with a key twice": refused(
         _index(f'{{"weight_map":{{"weight":"{FINE}","weight":"{FINE}"}}}}'), "stands twice"
@@ -157,7 +171,7 @@ INDICES: dict[str, Hostile] = {
         _index('{"metadata":{"total_size":' + "9" * 5000 + '},"weight_map":{}}'), "more than 64 bits"
     ),
     "an index of strings for metadata": refused(
-        _index({"metadata": "os.system", "weight_map": {"weight": FINE}}), ""
+        _index({"metadata": "os.system", "weight_map": {"weight": FINE}}), "expected an object weight_map"
     ),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from orthoserde.errors import FileFormatError, IncompatibleModelError
+from orthoserde.errors import IncompatibleModelError
 from tests.reliability.hostile_files import Hostile, Write, content, readable, refused
 
 START, STOP = b"\x80\x02", b"."
@@ -242,7 +242,7 @@ TENSORS: dict[str, Hostile] = {
         content(archive(entry(tensor(storage(1), sizes(-1), sizes(1))), {"0": bytes(4)})), REFUSES
     ),
     "a storage of more than its bytes": refused(
-        content(archive(entry(tensor(storage(10**9), sizes(10**9), sizes(1))), {"0": bytes(4)})), "more bytes", heavy=True
+        content(archive(entry(tensor(storage(10**9), sizes(10**9), sizes(1))), {"0": bytes(4)})), REFUSES, heavy=True
     ),
     "a storage of more than its bytes, bare": refused(
         content(bare(entry(tensor(storage(10**9), sizes(10**9), sizes(1))), ["0"], stored(0.0))), REFUSES, heavy=True
@@ -309,9 +309,7 @@ ARCHIVES: dict[str, Hostile] = {
     "a table from elsewhere": refused(content(GOOD[:-6] + b"\0\0\0\x7f\0\0"), "a damaged archive"),
     "cut off": refused(content(GOOD[: len(GOOD) // 2]), "a damaged archive"),
     "a magic number alone": refused(content(b"PK\3\4"), "a damaged archive"),
-    "an archive that is a safetensors file": refused(
-        content(b"PK\3\4\0\0\0\0{" + bytes(99)), "no safetensors header"
-    ),
+    "an archive that is a safetensors file": refused(content(b"PK\3\4\0\0\0\0{" + bytes(99)), "no safetensors header"),
     "an encrypted member": refused(
         _patched(b"PK\1\2\x14\x03\x14\0\0\0", b"PK\1\2\x14\x03\x14\0\1\0", lambda: GOOD), "a damaged archive"
     ),
@@ -324,8 +322,5 @@ ARCHIVES: dict[str, Hostile] = {
 }
 
 FILES: dict[str, Hostile] = {
-    f"pickles: {_name}": _hostile
-    for _part in (CODE, BOMBS, TENSORS, ARCHIVES)
-    for _name, _hostile in _part.items()
+    f"pickles: {_name}": _hostile for _part in (CODE, BOMBS, TENSORS, ARCHIVES) for _name, _hostile in _part.items()
 }
-assert issubclass(FileFormatError, ValueError)

@@ -2,6 +2,10 @@
 
 Torch never compresses, and never checks the checksums that it writes. An archive that needs either is refused, and one
 whose members lie over each other, for then a small file stands for a large one.
+
+Note [Checksums of what was read]
+Two readers of one archive need not read the same: where a bit says that a member is a folder, torch's leaves the memory
+of a tensor as it was, and Python's reads on. So the checksums of tensors are compared with what torch has in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +13,9 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from orthoserde.errors import FileFormatError
 from orthoserde.storage.pickles import MAX_PICKLE_BYTES
@@ -18,6 +25,9 @@ _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 
+#: The bit by which a member is a folder.
+_FOLDER = 0x10
+
 #: The fixed part of what stands before a member.
 _LOCAL_BYTES = 30
 
@@ -25,8 +35,35 @@ _LOCAL_BYTES = 30
 MAX_TABLE_BYTES = 16 << 20
 
 
-def read_pickle(file: io.FileIO, size: int, name: str) -> bytes:
-    """Check an archive, and return the pickle in it.
+@dataclass(frozen=True)
+class Archive:
+    """What stands in an archive.
+
+    Attributes:
+        pickle: Its pickle.
+        storages: Size in bytes and checksum of each storage.
+    """
+
+    pickle: bytes
+    storages: frozenset[tuple[int, int]]
+
+    def check(self, storages: Iterable[memoryview], name: str) -> None:
+        """Hold what torch has read to the checksums; see Note [Checksums of what was read].
+
+        Args:
+            storages: The memory of all tensors.
+            name: The file, for messages.
+
+        Raises:
+            FileFormatError: Some of it is not what was saved.
+        """
+        for memory in storages:
+            if len(memory) and (len(memory), zlib.crc32(memory)) not in self.storages:
+                raise FileFormatError(f"{name}: damaged: the checksum of a tensor does not match; use another copy")
+
+
+def read_archive(file: io.FileIO, size: int, name: str) -> Archive:
+    """Check all of an archive but its storages.
 
     Args:
         file: The open file.
@@ -39,21 +76,26 @@ def read_pickle(file: io.FileIO, size: int, name: str) -> bytes:
     try:
         table = _table_start(file, size)
         with zipfile.ZipFile(file) as archive:
-            _check_members(archive.infolist(), table, name)
-            damaged = archive.testzip()
-            pickles = [member for member in archive.infolist() if member.filename.lower().endswith("data.pkl")]
-            if damaged is None and len(pickles) == 1 and pickles[0].file_size <= MAX_PICKLE_BYTES:
-                return archive.read(pickles[0])
+            members = archive.infolist()
+            _check_members(members, table, name)
+            storages = [member for member in members if "/data/" in member.filename]
+            others = {member.filename: member for member in members if member not in storages}
+            if any(member.file_size > MAX_PICKLE_BYTES for member in others.values()):
+                raise FileFormatError(f"{name}: an archive with more than {MAX_PICKLE_BYTES} bytes beside its tensors")
+            read = {which: archive.read(member) for which, member in others.items()}
+    except FileFormatError:
+        raise
     except (
         *(zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, NotImplementedError),
-        *(RuntimeError, EOFError, OSError, OverflowError),
+        *(RuntimeError, EOFError, OSError, OverflowError, ValueError),
     ) as error:
         raise FileFormatError(f"{name}: a damaged archive: {_first_line(error)}") from error
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{name}: a damaged archive: a name in it is not UTF-8") from error
-    if damaged is not None:
-        raise FileFormatError(f"{name}: damaged: the checksum of {damaged!r} does not match; use another copy")
-    raise FileFormatError(f"{name}: expected an archive with one pickle of at most {MAX_PICKLE_BYTES} bytes")
+    pickles = [data for which, data in read.items() if which.lower().endswith("data.pkl")]
+    if len(pickles) != 1:
+        raise FileFormatError(f"{name}: expected an archive with one pickle, got {len(pickles)}")
+    if b"big" in (data for which, data in read.items() if which.endswith("/byteorder")):
+        raise FileFormatError(f"{name}: written on a big-endian machine; load it there, and save it as safetensors")
+    return Archive(pickles[0], frozenset((member.file_size, member.CRC) for member in storages))
 
 
 def _table_start(file: io.FileIO, size: int) -> int:
@@ -85,6 +127,8 @@ def _check_members(members: list[zipfile.ZipInfo], table: int, name: str) -> Non
     """Each stored as it is, behind the one before and under a name of its own; torch takes no notice of case."""
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise FileFormatError(f"{name}: a compressed archive, which torch.save does not write")
+    if any(member.external_attr & _FOLDER for member in members):
+        raise FileFormatError(f"{name}: an archive with folders, which torch.save does not write")
     names = [member.orig_filename.lower() for member in members]
     if len(set(names)) != len(names) or any("\0" in each for each in names):
         raise FileFormatError(f"{name}: an archive with two members of one name")

@@ -60,7 +60,33 @@ _STORAGE = re.compile(r"torch (\w+)Storage")
 #: What may be named besides, for tensors are described with it.
 NAMED = frozenset({"torch.storage UntypedStorage", *(f"torch {name}" for name in DTYPES)})
 
-_PUSHES_NOTHING_NEW = ("PROTO", "STOP")
+#: The operations that torch's unpickler knows, with how many bytes stand behind each: a negative number is that of the
+#: bytes of a length, behind which as many bytes stand; a global has two lines.
+_ARGUMENTS = {
+    **dict.fromkeys(
+        [
+            "NONE",
+            "NEWTRUE",
+            "NEWFALSE",
+            "EMPTY_TUPLE",
+            "EMPTY_LIST",
+            "EMPTY_DICT",
+            "EMPTY_SET",
+            "TUPLE1",
+            "TUPLE2",
+            "TUPLE3",
+        ],
+        0,
+    ),
+    **dict.fromkeys(
+        ["MARK", "TUPLE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID", "REDUCE", "BUILD", "GLOBAL", "STOP"],
+        0,
+    ),
+    **{"PROTO": 1, "BININT1": 1, "BININT2": 2, "BININT": 4, "BINFLOAT": 8},
+    **{"BINPUT": 1, "BINGET": 1, "LONG_BINPUT": 4, "LONG_BINGET": 4},
+    **{"BINUNICODE": -4, "SHORT_BINSTRING": -1, "LONG1": -1},
+}
+
 _PLAIN = frozenset(
     [
         "NONE",
@@ -100,32 +126,49 @@ def check_pickle(file: io.BytesIO | io.BufferedReader, name: str) -> int:
         FileFormatError: It does what no state dict needs, or is none that ``torch.save`` writes.
     """
     try:
-        return _Run(name).all(pickletools.genops(_Bounded(file)))
+        return _Run(name).all(_operations(file, name))
     except FileFormatError:
         raise
     except (ValueError, IndexError, KeyError) as error:  # cut off, malformed, or of an empty stack or unknown memo
         raise _refusal(name, "it is cut off or malformed") from error
 
 
-class _Bounded(io.BytesIO):
-    """A file of which no more is read at once than a pickle may have, whatever length stands in it."""
+def _operations(file: io.BytesIO | io.BufferedReader, name: str) -> Iterator[tuple[str, bytes]]:
+    """The operations of one pickle, by the names that ``pickletools`` has for them, with what stands behind each.
 
-    def __init__(self, file: io.BytesIO | io.BufferedReader) -> None:
-        self._file = file
+    That module has a function for this; but it decodes texts by whatever codec an operation asks for.
+    """
+    left = MAX_PICKLE_BYTES
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Read a known and reasonable number of bytes."""
-        if size is None or not 0 <= size <= MAX_PICKLE_BYTES:
-            raise ValueError("too long")
-        return self._file.read(size)
+    def take(count: int) -> bytes:
+        nonlocal left
+        left -= count
+        if left < 0:
+            raise _refusal(name, f"its pickle is longer than {MAX_PICKLE_BYTES} bytes")
+        data = file.read(count)
+        if len(data) < count:
+            raise ValueError("cut off")
+        return data
 
-    def readline(self, size: int | None = -1, /) -> bytes:
-        """Read a line that may be a name."""
-        return self._file.readline(MAX_NAME_BYTES)
-
-    def tell(self) -> int:
-        """Where the file is."""
-        return self._file.tell()
+    while True:
+        code = take(1)
+        operation = pickletools.code2op.get(code.decode("latin-1"))
+        if operation is None:
+            raise ValueError("no operation")
+        if operation.name not in _ARGUMENTS:
+            raise _refusal(name, f"it has the operation {operation.name}, which torch.save does not write")
+        argument = _ARGUMENTS[operation.name]
+        if operation.name == "GLOBAL":
+            lines = [file.readline(MAX_NAME_BYTES), file.readline(MAX_NAME_BYTES)]
+            if not all(line.endswith(b"\n") for line in lines):
+                raise ValueError("cut off")
+            yield operation.name, b" ".join(line[:-1] for line in lines)
+        elif argument < 0:  # a length of so many bytes comes first
+            yield operation.name, take(int.from_bytes(take(-argument), "little"))
+        else:
+            yield operation.name, take(argument)
+        if operation.name == "STOP":
+            return
 
 
 class _Run:
@@ -135,30 +178,28 @@ class _Run:
         self.name = name
         self.stack: list[_Abstract] = []
         self.marked: list[list[_Abstract]] = []
-        self.memo: dict[object, _Abstract] = {}
+        self.memo: dict[int, _Abstract] = {}
         self.strings = 0
         self.containers = 0
 
-    def all(self, operations: Iterator[tuple[pickletools.OpcodeInfo, object, int | None]]) -> int:
+    def all(self, operations: Iterator[tuple[str, bytes]]) -> int:
         """Run operations to the last one; return how many strings there were."""
-        for code, argument, position in operations:
-            if (position or 0) > MAX_PICKLE_BYTES:
-                raise _refusal(self.name, f"its pickle is longer than {MAX_PICKLE_BYTES} bytes")
-            self._one(code.name, argument)
+        for code, argument in operations:
+            self._one(code, argument)
         return self.strings
 
-    def _one(self, code: str, argument: object) -> None:
+    def _one(self, code: str, argument: bytes) -> None:
         if code in _PLAIN:
             self.strings += code == "BINUNICODE"
-            if code == "LONG1" and isinstance(argument, int) and argument.bit_length() > 8 * MAX_LONG_BYTES:
-                raise _refusal(self.name, f"it holds an integer of {argument.bit_length()} bits")
+            if code == "LONG1" and len(argument) > MAX_LONG_BYTES:
+                raise _refusal(self.name, f"it holds an integer of {8 * len(argument)} bits")
             self.stack.append(_VALUE)
         elif code in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = self.stack[-1]
+            self.memo[int.from_bytes(argument, "little")] = self.stack[-1]
         elif code in ("BINGET", "LONG_BINGET"):
-            self._recall(self.memo[argument])
+            self._recall(self.memo[int.from_bytes(argument, "little")])
         elif code == "GLOBAL":
-            self._name(str(argument))
+            self._name(argument.decode("ascii"))
         elif code in _STEPS:
             _STEPS[code](self)
         elif code in _TUPLES:
@@ -166,8 +207,6 @@ class _Run:
         elif code in _EMPTY:
             self._contain()
             self.stack.append(_VALUE)
-        elif code not in _PUSHES_NOTHING_NEW:
-            raise _refusal(self.name, f"it has the operation {code}, which torch.save does not write")
 
     def _contain(self) -> None:
         self.containers += 1

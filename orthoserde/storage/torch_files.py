@@ -22,9 +22,9 @@ from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.errors import FileFormatError
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.storage.archives import read_pickle
+from orthoserde.storage.archives import read_archive
 from orthoserde.storage.pickles import check_pickle
-from orthoserde.tensor_bytes import DTYPES, contiguous_strides, dtype_name
+from orthoserde.tensor_bytes import DTYPES, as_bytes, contiguous_strides, dtype_name
 
 #: How the files of ``torch.save`` begin: a zip archive, or before torch 1.6 a bare pickle.
 ZIP_MAGIC = b"PK\x03\x04"
@@ -110,10 +110,12 @@ class _WithoutDescriptor(io.BufferedReader):
 
 def _read_archive(file: io.FileIO, size: int, name: str) -> dict[str, Tensor]:
     """Read the form that ``torch.save`` writes since torch 1.6."""
-    check_pickle(io.BytesIO(read_pickle(file, size, name)), name)
+    archive = read_archive(file, size, name)
+    check_pickle(io.BytesIO(archive.pickle), name)
     tensors = _checked(_unpickled(file, name), name)
     if _storage_bytes(tensors) > size:
         raise FileFormatError(f"{name}: its tensors claim more bytes than the file holds")
+    archive.check((as_bytes(torch.empty(0, dtype=torch.uint8).set_(each)) for each in _storages(tensors)), name)
     return tensors
 
 
@@ -151,8 +153,12 @@ def _unpickled(file: io.FileIO | io.BufferedReader, name: str) -> object:
 
 def _storage_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the memory in which tensors lie, that of several counted once."""
-    storages = [tensor.untyped_storage() for tensor in tensors.values()]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum(storage.nbytes() for storage in _storages(tensors))
+
+
+def _storages(tensors: Mapping[str, Tensor]) -> list[torch.UntypedStorage]:
+    found = [tensor.untyped_storage() for tensor in tensors.values()]
+    return list({storage.data_ptr(): storage for storage in found}.values())
 
 
 def _checked(content: object, name: str) -> dict[str, Tensor]:

@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 
 from orthoserde.errors import OrthoserdeError
-from tests.reliability import mutations
+from tests.reliability import mutations, pickle_mutants
 from tests.reliability.broken_builds import BUILDS, noticed_by
 from tests.reliability.corruption import Bench, Tally, every_flip, every_truncation, in_memory, mutants
+from tests.reliability.hostile_pickles import IS_TRUSTED
 from tests.reliability.specimen import contradicts
 
 #: Mutants of a default run, and of a soak.
 MUTANTS, SOAKED = 50_000, 1_000_000
+
+#: Mutants of files of ``torch.save``.
+PICKLES = 10_000
 
 #: They come in parts, so that a failure is seen before all have run.
 PARTS = 10
@@ -68,6 +72,20 @@ def test_no_mutant_of_a_million_is_loaded_as_what_it_is_not(bench: Bench, part: 
     tally, count = Tally(), SOAKED // 100
     mutants(bench, tally, range(MUTANTS + part * count, MUTANTS + (part + 1) * count))
     assert_nothing_wrong(tally, count)
+
+
+def test_no_mutant_of_a_file_of_torch_save_raises_anything_else_or_passes_for_another() -> None:
+    """Those with a recomputed checksum, and those of the older form, which has none, may be of another content."""
+    tally, different = pickle_mutants.run(range(PICKLES))
+    assert_nothing_wrong(tally, PICKLES)
+    assert not different["archive"]
+    if IS_TRUSTED:
+        assert tally.accepted > PICKLES // 100
+
+
+def test_every_single_bit_flip_of_an_archive_of_torch_save_is_refused_or_changes_nothing() -> None:
+    tally = pickle_mutants.every_flip()
+    assert_nothing_wrong(tally, 8 * len(pickle_mutants.saved(zipped=True)))
 
 
 def test_the_specimen_loads_and_says_what_its_file_says(bench: Bench) -> None:

@@ -12,7 +12,18 @@ import torch
 
 from tests.reliability import numerics
 from tests.reliability.broken_builds import BUILDS, noticed_by
-from tests.reliability.numerics import DTYPES, FAULTS, HARMLESS, MAPS, SHAPES, WEIGHTS, layer, of_fault, of_weight, state_of
+from tests.reliability.numerics import (
+    DTYPES,
+    FAULTS,
+    HARMLESS,
+    MAPS,
+    SHAPES,
+    WEIGHTS,
+    layer,
+    of_fault,
+    of_weight,
+    state_of,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "numerics.md"
 BEGIN, END = "<!-- table: python -m tests.reliability.test_numerics -->", "<!-- end of table -->"

@@ -38,7 +38,7 @@ def _replace(path: Path) -> None:
 CHANGES: dict[str, Callable[[Path], None]] = {"cut": _cut, "overwritten": _overwrite, "replaced": _replace}
 
 LOADS: dict[str, Callable[[nn.Module, Path], object]] = {
-    "load": lambda model, path: orthoserde.load(model, path),
+    "load": orthoserde.load,
     "load without verifying": lambda model, path: orthoserde.load(model, path, verify=False),
     "verify": lambda model, path: orthoserde.verify(path).ok or _refuse(),
     "inspect": lambda model, path: orthoserde.inspect(path),

@@ -87,6 +87,8 @@ _ARGUMENTS = {
     **{"BINUNICODE": -4, "SHORT_BINSTRING": -1, "LONG1": -1},
 }
 
+_OPERATIONS = {operation.code.encode("latin-1"): operation.name for operation in pickletools.opcodes}
+
 _PLAIN = frozenset(
     [
         "NONE",
@@ -152,22 +154,20 @@ def _operations(file: io.BytesIO | io.BufferedReader, name: str) -> Iterator[tup
 
     while True:
         code = take(1)
-        operation = pickletools.code2op.get(code.decode("latin-1"))
-        if operation is None:
-            raise ValueError("no operation")
-        if operation.name not in _ARGUMENTS:
-            raise _refusal(name, f"it has the operation {operation.name}, which torch.save does not write")
-        argument = _ARGUMENTS[operation.name]
-        if operation.name == "GLOBAL":
+        operation = _OPERATIONS[code]
+        if operation not in _ARGUMENTS:
+            raise _refusal(name, f"it has the operation {operation}, which torch.save does not write")
+        argument = _ARGUMENTS[operation]
+        if operation == "GLOBAL":
             lines = [file.readline(MAX_NAME_BYTES), file.readline(MAX_NAME_BYTES)]
             if not all(line.endswith(b"\n") for line in lines):
                 raise ValueError("cut off")
-            yield operation.name, b" ".join(line[:-1] for line in lines)
+            yield operation, b" ".join(line[:-1] for line in lines)
         elif argument < 0:  # a length of so many bytes comes first
-            yield operation.name, take(int.from_bytes(take(-argument), "little"))
+            yield operation, take(int.from_bytes(take(-argument), "little"))
         else:
-            yield operation.name, take(argument)
-        if operation.name == "STOP":
+            yield operation, take(argument)
+        if operation == "STOP":
             return
 
 

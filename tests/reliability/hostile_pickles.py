@@ -222,7 +222,7 @@ for _what, (_opcodes, _words) in {
     "no mark": (b"t", "cut off or malformed"),
     "an instance of the old sort": (b"(i" + b"os\nsystem\n", "it has the operation INST"),
     "an extension": (b"\x82\x01", "it has the operation EXT1"),
-    "a text of 4 GB": (b"X\xff\xff\xff\xff", "cut off or malformed"),
+    "a text of 4 GB": (b"X\xff\xff\xff\xff", "its pickle is longer than"),
     "bytes of 2**63": (b"\x8e" + struct.pack("<Q", 2**63 - 1), "it has the operation BINBYTES8"),
 }.items():
     for _form, _hostile in in_both(_opcodes, _words, heavy="GB" in _what or "stack" in _what or "any" in _what).items():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import orthoserde
-from orthoserde.errors import OrthoserdeError
+from orthoserde.errors import DamagedFileError, OrthoserdeError
 from orthoserde.storage.open_file import OpenFile
 
 #: Elements of the large tensor: several blocks of four megabytes, each of which is read by itself.
@@ -37,16 +37,18 @@ def _replace(path: Path) -> None:
 
 CHANGES: dict[str, Callable[[Path], None]] = {"cut": _cut, "overwritten": _overwrite, "replaced": _replace}
 
+
+def _verified(path: Path) -> None:
+    if not orthoserde.verify(path).ok:
+        raise DamagedFileError("not sound")
+
+
 LOADS: dict[str, Callable[[nn.Module, Path], object]] = {
     "load": orthoserde.load,
     "load without verifying": lambda model, path: orthoserde.load(model, path, verify=False),
-    "verify": lambda model, path: orthoserde.verify(path).ok or _refuse(),
+    "verify": lambda model, path: _verified(path),
     "inspect": lambda model, path: orthoserde.inspect(path),
 }
-
-
-def _refuse() -> None:
-    raise orthoserde.OrthoserdeError("not sound")
 
 
 def model() -> nn.Module:

@@ -98,7 +98,7 @@ def ecosystem(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def soak(session: nox.Session) -> None:
-    """Run the suites of kills, faults and full disks with many more points, and, as root, those of power cuts."""
+    """Run the long versions of the reliability suites: many more points, a million damaged files, and power cuts (as root)."""
     install(session)
     session.run("pytest", "-m", "soak", *(session.posargs or ["-v"]))
 

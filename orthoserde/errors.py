@@ -16,6 +16,24 @@ ProblemKind = Literal["missing", "unexpected", "mismatch", "unsupported"]
 SHOWN_PROBLEMS = 40
 SHOWN_KEYS = 12
 
+#: A message shows this many characters of a line, and of a name.
+SHOWN_CHARACTERS = 2000
+SHOWN_OF_A_NAME = 200
+
+
+def legible(text: str) -> str:
+    """A message in which names from the file of a stranger may stand, as it can be shown; lines stay lines."""
+    return "\n".join(legible_name(line, SHOWN_CHARACTERS) for line in text.split("\n"))
+
+
+def legible_name(name: str, most: int = SHOWN_OF_A_NAME) -> str:
+    """A name in one line: escape what a terminal would obey instead of show, and cut what is too long to be read."""
+    more = f"... ({len(name)} characters)" if len(name) > most else ""
+    shown = name[:most]
+    if not shown.isprintable():
+        shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
+    return shown + more
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -33,11 +51,17 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.where or '(model)'}: {self.text}"
+        return f"{legible_name(self.where) or '(model)'}: {self.text}"
 
 
 class OrthoserdeError(Exception):
-    """Base of every error that orthoserde raises on purpose."""
+    """Base of every error that orthoserde raises on purpose.
+
+    Its text can be shown: the names that a file brings along cannot make a terminal do anything, nor fill it.
+    """
+
+    def __str__(self) -> str:
+        return legible(super().__str__())
 
 
 class RegistrationError(OrthoserdeError, ValueError):
@@ -131,7 +155,7 @@ class FormatVersionError(FileFormatError):
         self.supported = supported
 
     def __str__(self) -> str:
-        return self.message
+        return legible(self.message)
 
 
 class FileAccessError(OrthoserdeError, OSError):
@@ -194,7 +218,7 @@ def render(message: str, problems: Sequence[Problem]) -> str:
             lines.append(f"  - {len(found) - SHOWN_KEYS} more keys {where}")
     if hidden:
         lines.append(f"  - ... and {hidden} more mismatches (see the problems attribute)")
-    return "\n".join([message, *lines])
+    return "\n".join([legible(message), *map(legible, lines)])
 
 
 class LegacyCheckpointWarning(UserWarning):

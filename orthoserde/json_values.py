@@ -25,12 +25,28 @@ MAX_DEPTH = 64
 #: Levels of a file around a configuration, so that whatever :func:`to_json` accepts can be read again.
 SURROUNDING_DEPTH = 16
 
+#: More values than the header of any file of weights holds. Python takes up to thirty bytes of memory for each byte of
+#: a text of nothing but small values, and a header has up to 100 MB. Empty lists and objects count twice.
+MAX_VALUES = 1 << 22
+
+#: Before each value stands one of these, but for values of objects, whose keys are counted in their stead.
+_BEFORE_VALUES = "[{,"
+
+_DECODER = json.JSONDecoder()
+
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD]")
 
 
 def encode(value: JSON) -> str:
-    """Write a JSON value as canonical text: sorted keys, no spaces, no escapes but those that JSON demands."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """Write a JSON value as canonical text: sorted keys, no spaces, no escapes but those that JSON demands.
+
+    Raises:
+        ConfigError: It holds more values than are read.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    if _count_values(text) > MAX_VALUES:
+        raise ConfigError(f"more than {MAX_VALUES} values in one file; keep long lists of numbers in tensors")
+    return text
 
 
 def encode_in_order(value: JSON) -> str:
@@ -51,6 +67,8 @@ def decode(text: str | bytes, where: str) -> JSON:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if _count_values(text) > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES} values")
         value: JSON = json.loads(
             text,
             object_pairs_hook=_unique,
@@ -64,6 +82,23 @@ def decode(text: str | bytes, where: str) -> JSON:
     except (ValueError, ConfigError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise FileFormatError(f"{where}: not valid JSON: {reason}") from error
+
+
+def _count_values(text: str) -> int:
+    """How many items and pairs a JSON text holds; more, where there are few: signs within strings are counted too."""
+    count = sum(map(text.count, _BEFORE_VALUES))
+    if count <= MAX_VALUES:
+        return count
+    count = position = 0
+    find, string_at, counted = text.find, _DECODER.raw_decode, text.count
+    while count <= MAX_VALUES:
+        start = find('"', position)
+        stop = start if start >= 0 else len(text)
+        count += counted(",", position, stop) + counted("[", position, stop) + counted("{", position, stop)
+        if start < 0:
+            break
+        position = string_at(text, start)[1]
+    return count
 
 
 def _check_depth(value: JSON) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orthoserde import tensor_bytes
-from orthoserde.errors import FileFormatError
+from orthoserde.errors import FileFormatError, legible_name
 from orthoserde.json_values import JSON
 from orthoserde.training_record import PREFIX, TrainingRecord
 
@@ -269,13 +269,13 @@ class Manifest:
     def __str__(self) -> str:
         lines = [f"{len(self.tensors)} tensors, {self.nbytes} bytes, {len(self.parametrized)} parametrized"]
         counts = Counter(", then ".join(link.kind for link in record.chain) for record in self.parametrized)
-        lines += [f"  {count} x {kinds}" for kinds, count in sorted(counts.items())[:SHOWN_KINDS]]
+        lines += [f"  {count} x {legible_name(kinds)}" for kinds, count in sorted(counts.items())[:SHOWN_KINDS]]
         if self.compact:
             lines.append(f"  bases stored as columns: {len(self.compact)}")
         if self.aliases:
             lines.append(f"  tied and stored once: {len(self.aliases)}")
         if self.training is not None:
-            lines.append(f"  training state: {self.training}")
+            lines.append(f"  training state: {legible_name(str(self.training))}")
         if self.left_out:
             lines.append(f"  left out when it was saved: {len(self.left_out)}")
         if not self.has_configuration:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from orthoserde.errors import SHOWN_CHARACTERS, legible_name
+
 
 class Fidelity(enum.IntEnum):
     """How faithfully a tensor was restored; a larger value is more faithful.
@@ -156,7 +158,7 @@ class LoadReport:
         if len(notable) > 20:
             lines.append(f"  ... and {len(notable) - 20} more (see the tensors attribute)")
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(legible_name(line, SHOWN_CHARACTERS) for line in lines)
 
 
 @dataclass(frozen=True)
@@ -391,10 +393,10 @@ RESTORED = "restored in place"
 
 def printable(text: str) -> str:
     """Escape what a terminal would obey instead of show: names in the files of strangers may hold anything."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shorten(names: list[str] | tuple[str, ...], most: int = 5) -> str:
-    """Join names for a message, the first few of them."""
-    shown = ", ".join(names[:most])
+    """Join names for a message, the first few of them; they may be those of a stranger."""
+    shown = ", ".join(map(legible_name, names[:most]))
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -70,6 +70,7 @@ SIDEWAYS = {
     ("_torch", "errors"),
     ("json_values", "errors"),
     ("manifest", "errors"),
+    ("reports", "errors"),
     ("manifest", "json_values"),
     ("manifest", "training_record"),
     ("manifest_json", "training_record"),

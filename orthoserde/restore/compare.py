@@ -77,6 +77,11 @@ def contradiction(record: ParametrizedRecord, manifest: Manifest, registry: Regi
         if shape is None:
             return None
         shapes = {"original": tuple(shape)}
+    if record.shape not in (None, shapes["original"]):
+        return (
+            f"the manifest says that it has the shape {list(record.shape or ())}, and its state makes "
+            f"{list(shapes['original'])}; the file contradicts itself"
+        )
     return None
 
 

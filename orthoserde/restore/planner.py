@@ -144,10 +144,7 @@ class _Planner:
         verdict = compare_chain(record, tensor, self.registry)
         self.plan.problems += verdict.problems
         self._own_live(tensor, verdict.fidelity, "; ".join([RESTORED, *verdict.reasons]))
-        # Where the model has a tensor, that says which shape fits; where it has None, only the file and its codec do.
-        parts = [self.slots[key] for prefix in prefixes_of(tensor) for key in self.model_parts.get(prefix, ())]
-        blind = any(slot.tensor is None for slot in parts)
-        problem = contradiction(record, self.manifest, self.registry) if blind and not verdict.problems else None
+        problem = None if verdict.problems else contradiction(record, self.manifest, self.registry)
         if problem is not None:
             self.plan.mismatch(tensor.name, problem)
         if verdict.problems or problem is not None:

@@ -1,15 +1,17 @@
 """Files of ``torch.save`` to checkpoints, for reading alone.
 
-They are pickles, so they are read by torch's own restricted unpickler and never in any other way: what it refuses is
-refused. That unpickler could be made to run code before torch 2.6 (CVE-2025-32434), so there these files are refused.
+They are pickles, so they are read by torch's own restricted unpickler and never in any other way, after a look at what
+it would be told to do (Note [Pickles]): what either refuses is refused. That unpickler could be made to run code before
+torch 2.6 (CVE-2025-32434), so there these files are refused.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
+import struct
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pickle import PickleError
 
@@ -20,7 +22,9 @@ from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.errors import FileFormatError
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.tensor_bytes import DTYPES, contiguous_strides, dtype_name
+from orthoserde.storage.archives import read_archive
+from orthoserde.storage.pickles import check_pickle
+from orthoserde.tensor_bytes import DTYPES, as_bytes, contiguous_strides, dtype_name
 
 #: How the files of ``torch.save`` begin: a zip archive, or before torch 1.6 a bare pickle.
 ZIP_MAGIC = b"PK\x03\x04"
@@ -45,7 +49,15 @@ _UNPICKLING = (
     EOFError,
     OSError,
     OverflowError,
+    MemoryError,
+    struct.error,
 )
+
+#: Pickles in the form of before torch 1.6: a magic number, a version, the system, the content, names of storages.
+_PICKLES = 5
+
+#: What says how many elements a storage has.
+_SIZE_BYTES = 8
 
 
 def is_torch_file(start: bytes) -> bool:
@@ -77,19 +89,8 @@ def read_torch_file(file: io.FileIO, name: str, start: bytes) -> Checkpoint:
             f"{name}: a file of torch.save is a pickle, which torch {torch.__version__} cannot read safely "
             "(CVE-2025-32434); use torch 2.6 or newer, or convert the file to safetensors"
         )
-    if start.startswith(ZIP_MAGIC):
-        _check_archive(file, name)
-    file.seek(0)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that are odd: either they load, or the error says why not
-            content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    except _UNPICKLING as error:
-        raise FileFormatError(
-            f"{name}: torch's restricted unpickler refuses it ({type(error).__name__}): it is damaged, or holds more "
-            "than tensors; save model.state_dict() by itself"
-        ) from error
-    tensors = _checked(content, name)
+    size = os.fstat(file.fileno()).st_size
+    tensors = (_read_archive if start.startswith(ZIP_MAGIC) else _read_bare_pickle)(file, size, name)
     records = {
         key: TensorRecord(
             dtype_name(tensor.dtype), tuple(tensor.shape), contiguous_strides(tensor.shape), parameter=False
@@ -100,19 +101,64 @@ def read_torch_file(file: io.FileIO, name: str, start: bytes) -> Checkpoint:
     return Checkpoint(manifest, {key: LiveTensor(tensor) for key, tensor in tensors.items()}, name)
 
 
-def _check_archive(file: io.FileIO, name: str) -> None:
-    """Torch never compresses and never checks its checksums; a file that needs either is refused."""
+class _WithoutDescriptor(io.BufferedReader):
+    """A file that torch cannot know to be one: of those it would first ask whether they are tar archives."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+def _read_archive(file: io.FileIO, size: int, name: str) -> dict[str, Tensor]:
+    """Read the form that ``torch.save`` writes since torch 1.6."""
+    archive = read_archive(file, size, name)
+    check_pickle(io.BytesIO(archive.pickle), name)
+    tensors = _checked(_unpickled(file, name), name)
+    if _storage_bytes(tensors) > size:
+        raise FileFormatError(f"{name}: its tensors claim more bytes than the file holds")
+    archive.check((as_bytes(torch.empty(0, dtype=torch.uint8).set_(each)) for each in _storages(tensors)), name)
+    return tensors
+
+
+def _read_bare_pickle(file: io.FileIO, size: int, name: str) -> dict[str, Tensor]:
+    """Read the form of before torch 1.6: five pickles, then each storage behind its size."""
+    reader = _WithoutDescriptor(file)
     try:
-        with zipfile.ZipFile(file) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise FileFormatError(f"{name}: a compressed archive, which torch.save does not write")
-            damaged = archive.testzip()
-    except FileFormatError:
-        raise
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise FileFormatError(f"{name}: a damaged archive: {_first_line(error)}") from error
-    if damaged is not None:
-        raise FileFormatError(f"{name}: damaged: the checksum of {damaged!r} does not match; use another copy")
+        reader.seek(0)
+        strings = [check_pickle(reader, name) for _ in range(_PICKLES)]
+        start = reader.tell()
+        tensors = _checked(_unpickled(reader, name), name)
+        stop = reader.tell()
+    finally:
+        reader.detach()
+    # Else memory that nothing has filled would be taken for tensors.
+    expected = start + _SIZE_BYTES * strings[-1] + _storage_bytes(tensors)
+    if not stop == expected == size:
+        raise FileFormatError(f"{name}: its storages take {expected} bytes to their end, the file holds {size}")
+    return tensors
+
+
+def _unpickled(file: io.FileIO | io.BufferedReader, name: str) -> object:
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are odd: either they load, or the error says why not
+            content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    except _UNPICKLING as error:
+        raise FileFormatError(
+            f"{name}: torch's restricted unpickler refuses it ({type(error).__name__}): it is damaged, or holds more "
+            "than tensors; save model.state_dict() by itself"
+        ) from error
+    return content
+
+
+def _storage_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the memory in which tensors lie, that of several counted once."""
+    return sum(storage.nbytes() for storage in _storages(tensors))
+
+
+def _storages(tensors: Mapping[str, Tensor]) -> list[torch.UntypedStorage]:
+    found = [tensor.untyped_storage() for tensor in tensors.values()]
+    return list({storage.data_ptr(): storage for storage in found}.values())
 
 
 def _checked(content: object, name: str) -> dict[str, Tensor]:
@@ -142,8 +188,3 @@ def _ordinary(tensor: Tensor, key: str, name: str) -> Tensor:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FileFormatError(f"{name}: {key[:64]!r} claims more elements than the file holds")
     return tensor.detach()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -98,7 +98,7 @@ def ecosystem(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def soak(session: nox.Session) -> None:
-    """Run the long versions of the reliability suites: many more points, a million damaged files, and power cuts (as root)."""
+    """Run the long versions of the reliability suites: many points, a million files, power cuts (as root)."""
     install(session)
     session.run("pytest", "-m", "soak", *(session.posargs or ["-v"]))
 

@@ -145,3 +145,29 @@ def test_a_problem_is_a_value() -> None:
     assert Problem("a", "missing", "b") == Problem("a", "missing", "b")
     assert len({Problem("a", "missing", "b"), Problem("a", "missing", "b"), Problem("a", "mismatch", "b")}) == 2
     assert pickle.loads(pickle.dumps(PROBLEMS)) == PROBLEMS
+
+
+@pytest.mark.parametrize(("error", "_"), EXAMPLES)
+def test_no_name_in_a_message_is_obeyed_by_a_terminal(error: OrthoserdeError, _: type[Exception]) -> None:
+    evil = "a\x1b[2J\u202e\udcff"
+    if isinstance(error, OSError):
+        made: OrthoserdeError = type(error)(errno.EIO, evil, evil)
+    elif isinstance(error, errors.FormatVersionError):
+        made = errors.FormatVersionError(evil, 2, 1)
+    else:
+        made = type(error)(evil)
+    assert str(made).replace("\n", "").isprintable()
+    assert r"a\x1b[2J\u202e\udcff" in str(made)
+
+
+def test_a_name_of_several_lines_makes_no_line_of_its_own() -> None:
+    problem = Problem("a\n  - all is well", "mismatch", "another shape")
+    assert str(problem) == r"a\n  - all is well: another shape"
+
+
+def test_names_and_lines_that_nobody_reads_to_the_end_are_cut() -> None:
+    problems = [Problem("n" * 10**6, "mismatch", "t" * 10**6)]
+    shown = str(errors.IncompatibleModelError("m" * 10**6, problems))
+    assert len(shown) < 3 * errors.SHOWN_CHARACTERS
+    assert "... (1000000 characters)" in shown
+    assert errors.IncompatibleModelError("m", problems).problems[0].where == "n" * 10**6

@@ -226,3 +226,19 @@ def _spoil(value: JSON) -> None:
 )
 def test_differences_are_found_where_they_are(left: JSON, right: JSON, found: list[tuple[str, JSON, JSON]]) -> None:
     assert list(differences(left, right)) == found
+
+
+def test_more_values_than_are_read_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_values, "MAX_VALUES", 10)
+    fitting: JSON = {"a": [1, 2, 3, 4, 5, 6, 7, 8]}
+    assert json_values.decode(json_values.encode(fitting), "here") == fitting
+    with pytest.raises(ConfigError, match="more than 10 values"):
+        json_values.encode({"a": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]})
+    with pytest.raises(FileFormatError, match=r"here: .* more than 10 values"):
+        json_values.decode('{"a":[1,2,3,4,5,6,7,8,9,10]}', "here")
+
+
+def test_what_stands_in_a_string_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_values, "MAX_VALUES", 10)
+    for text in ("[{," * 20, 'a\\"[,' * 20, "\\" * 7 + "," * 20):
+        assert json_values.decode(json_values.encode({text: text}), "here") == {text: text}

@@ -79,7 +79,7 @@ def read_archive(file: io.FileIO, size: int, name: str) -> Archive:
             members = archive.infolist()
             _check_members(members, table, name)
             storages = [member for member in members if "/data/" in member.filename]
-            others = {member.filename: member for member in members if member not in storages}
+            others = {member.filename: member for member in members if "/data/" not in member.filename}
             if any(member.file_size > MAX_PICKLE_BYTES for member in others.values()):
                 raise FileFormatError(f"{name}: an archive with more than {MAX_PICKLE_BYTES} bytes beside its tensors")
             read = {which: archive.read(member) for which, member in others.items()}

@@ -55,7 +55,7 @@ CALLED = frozenset(
     }
 )
 
-_STORAGE = re.compile(r"torch (\w+)Storage")
+_STORAGE = re.compile(r"torch(\.cuda)? (\w+)Storage")
 
 #: What may be named besides, for tensors are described with it.
 NAMED = frozenset({"torch.storage UntypedStorage", *(f"torch {name}" for name in DTYPES)})

@@ -171,6 +171,8 @@ def _warm_up() -> None:
             orthoserde.verify(path)
         orthoserde.save(layer, Path(folder) / "shards", max_shard_size=4)
         orthoserde.load(layer, Path(folder) / "shards")
+        orthoserde.inspect(Path(folder) / "shards")
+        orthoserde.verify(Path(folder) / "shards")
         for content in (
             b"",
             hostile_pickles.archive(hostile_pickles.entry(hostile_pickles.called("os.system"))),

@@ -150,7 +150,7 @@ def test_keys_are_named_as_they_stand_in_the_file(a: Path, tmp_path: Path) -> No
     old: Any = nn.ModuleDict({"0": nn.utils.weight_norm(nn.Linear(6, 4)), "x": nn.utils.weight_norm(nn.Linear(4, 4))})
     torch.save(old.state_dict(), tmp_path / "old.pt")
     report = compare(a, tmp_path / "old.pt")
-    assert report.only[1] == ("x.bias", "0.weight_g", "0.weight_v", "x.weight_g", "x.weight_v")
+    assert set(report.only[1]) == {"x.bias", "0.weight_g", "0.weight_v", "x.weight_g", "x.weight_v"}
     with torch.no_grad():
         old["x"].weight_g.add_(1)
     torch.save(old.state_dict(), tmp_path / "older.pt")

@@ -52,7 +52,7 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
         >>> import torch, orthoserde
         >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
         >>> print(orthoserde.bake_(layer))
-        baked 1 tensors: they are plain now
+        baked 1 tensor: plain now
           weight: torch>weight_norm
           new parameters: weight; build the optimizer anew
         >>> sorted(layer.state_dict())

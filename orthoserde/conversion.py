@@ -27,6 +27,9 @@ Form = Literal["dense", "compact", "baked", "hooks", "torch", "pyreft", "pyreft-
 #: Endings of file names for which a plain state dict is written by ``torch.save``.
 TORCH_ENDINGS = (".pt", ".pth", ".bin")
 
+#: What the name of a folder may end in.
+_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
+
 #: Sorts of files that are written.
 OURS, PLAIN, TORCH, PYREFT = "orthoserde file", "plain safetensors file", "file of torch.save", "folder of pyreft's"
 
@@ -222,7 +225,9 @@ def _plain(checkpoint: Checkpoint) -> _Changed:
     if manifest.computed:
         notes.append(f"computed tensors were left out, which load_state_dict does not expect: {len(manifest.computed)}")
     if manifest.left_out:
-        notes.append(f"{len(manifest.left_out)} tensors of the model are not in the source; load it with strict=False")
+        notes.append(
+            f"tensors of the model that are not in the source: {len(manifest.left_out)}; load it with strict=False"
+        )
     if manifest.aliases:
         notes.append(f"tied tensors stand under each of their names: {len(manifest.aliases)}")
     whole = _whole(_without(checkpoint.without_training(), manifest.computed))
@@ -318,6 +323,10 @@ def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> 
         if not is_folder:
             raise FileAccessError(errno.EISDIR, "is a folder; give the name of a file", target)
         return  # an empty one will do, and whoever writes it looks
+    if not is_folder and target.endswith(_SEPARATORS):
+        raise ConfigError(
+            f"{target}: ends as the name of a folder does, and one file is written; give the name of a file"
+        )
     if os.path.lexists(target) and (is_folder or not force):
         hint = (
             "give the name of a folder" if is_folder else "give another name, or replace it with force=True (--force)"

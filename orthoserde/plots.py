@@ -6,6 +6,7 @@ stays chosen.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from orthoserde import _torch, audit
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import ConfigError, FileAccessError, OrthoserdeError
+from orthoserde.errors import ConfigError, FileAccessError, MissingPackageError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
 from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
@@ -43,11 +44,14 @@ MOST_CELLS = 256
 #: What a heatmap shows for an exact zero: below the rounding of float64.
 SMALLEST = 1e-18
 
+#: What the name of a picture ends in.
+ENDING = ".png"
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-class MissingPackageError(OrthoserdeError, ImportError):
-    """matplotlib is not installed."""
+class NothingToDrawError(ConfigError):
+    """There is no parametrized tensor that can be drawn."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def plot(checkpoint: Checkpoint, registry: Registry, path: str | os.PathLike[str
         path: The PNG to make or replace. It shows the first ``MOST_TENSORS`` that can be computed.
 
     Raises:
-        ConfigError: There is nothing to draw, or ``path`` is there and is no PNG.
+        NothingToDrawError: There is no tensor to draw.
+        ConfigError: ``path`` is not that of a PNG, see :func:`check_target`.
         MissingPackageError: matplotlib is not installed.
         FileAccessError: The system refuses to read or write. An earlier picture is untouched.
     """
@@ -94,11 +99,12 @@ def plot(checkpoint: Checkpoint, registry: Registry, path: str | os.PathLike[str
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise MissingPackageError('pictures need matplotlib: pip install "orthoserde[plot]"') from error
-    _check_is_picture(name)
+    check_target(name)
     rows, left_out = _rows(checkpoint, registry)
     if not rows:
         reasons = "; ".join(f"{tensor}: {why}" for tensor, why in list(left_out.items())[:3])
-        raise ConfigError(f"{checkpoint.origin}: no parametrized tensor to draw{': ' if reasons else ''}{reasons}")
+        text = f"{checkpoint.origin}: no parametrized tensor to draw{': ' if reasons else ''}{reasons}"
+        raise NothingToDrawError(text)
     figure = Figure(figsize=(9, 2.6 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, row in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
@@ -106,14 +112,23 @@ def plot(checkpoint: Checkpoint, registry: Registry, path: str | os.PathLike[str
         _draw_error(axes[1], row)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100, metadata={"Software": None})
-    with replacing(name) as file:
+    with replacing(name, what="picture") as file:
         write_all(file, content.getbuffer())
     return PlotReport(name, tuple(row.name for row in rows), left_out)
 
 
-def _check_is_picture(path: str) -> None:
-    """Refuse to replace what is no picture: above all, a checkpoint."""
+def check_target(path: str) -> None:
+    """Refuse a place for a picture before one is worked out. What is no picture, above all a checkpoint, stays.
+
+    Raises:
+        ConfigError: Its name does not end in .png, or it is there and is no PNG.
+        FileAccessError: There is no folder to put it in, or the system refuses to read what is there.
+    """
+    if not path.lower().endswith(ENDING):
+        raise ConfigError(f"{path}: a picture is a PNG; give a name that ends in {ENDING}")
     if not os.path.exists(path):
+        if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+            raise FileAccessError(errno.ENOENT, "cannot create the picture: there is no such folder", path)
         return
     if not os.path.isfile(path):  # a FIFO would be waited for
         raise ConfigError(f"{path}: is no file; give another name")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orthoserde.errors import SHOWN_CHARACTERS, legible_name
+from orthoserde.wording import counted
 
 
 class Fidelity(enum.IntEnum):
@@ -64,8 +65,8 @@ class SaveReport:
 
     def __str__(self) -> str:
         lines = [
-            f"saved {self.path}: {self.tensors} tensors, {self.parametrized} weights parametrized, "
-            f"{self.file_bytes} bytes"
+            f"saved {self.path}: {counted(self.tensors, 'tensor')}, "
+            f"{counted(self.parametrized, 'weight')} parametrized, {self.file_bytes} bytes"
         ]
         if self.training:
             lines.append(f"  training state: {self.training}")
@@ -146,7 +147,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [
-            f"loaded {self.path}: {self.fidelity}, {self.loaded} tensors, {len(self.tensors)} weights parametrized"
+            f"loaded {self.path}: {self.fidelity}, {counted(self.loaded, 'tensor')}, "
+            f"{counted(len(self.tensors), 'weight')} parametrized"
         ]
         for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):
             if keys:
@@ -302,7 +304,7 @@ class BakeReport:
     parameters_replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"baked {len(self.tensors)} tensors: they are plain now"]
+        lines = [f"baked {counted(len(self.tensors), 'tensor')}: plain now"]
         lines += [f"  {name}: {what}" for name, what in list(self.tensors.items())[:SHOWN]]
         if len(self.tensors) > SHOWN:
             lines.append(f"  ... and {len(self.tensors) - SHOWN} more (see the tensors attribute)")

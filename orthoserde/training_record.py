@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from orthoserde.json_values import JSON
 from orthoserde.state_tree import keys_in
+from orthoserde.wording import counted
 
 #: What keys of training state begin with. No tensor of a model can have such a key.
 PREFIX = "."
@@ -124,7 +125,7 @@ class TrainingRecord:
     def __str__(self) -> str:
         parts = [
             f"{f'optimizer {label}' if label else 'optimizer'} "
-            f"({sum(len(group.parameters) for group in record.groups)} parameters)"
+            f"({counted(sum(len(group.parameters) for group in record.groups), 'parameter')})"
             for label, record in self.optimizers.items()
         ]
         parts += list(self.state)

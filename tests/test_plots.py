@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 import orthoserde
-from orthoserde import ConfigError, Registry, plots
+from orthoserde import ConfigError, FileAccessError, MissingPackageError, Registry, plots
 from orthoserde.opening import open_checkpoint
-from orthoserde.plots import MissingPackageError, PlotReport
+from orthoserde.plots import NothingToDrawError, PlotReport
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -101,17 +103,50 @@ def test_a_heatmap_has_bounded_cells() -> None:
 
 
 def test_a_file_that_is_no_picture_is_not_replaced(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "m.png"
     before = path.read_bytes()
+    other.write_bytes(before)
     with pytest.raises(ConfigError, match="is no PNG"):
-        draw(path, path)
-    assert path.read_bytes() == before
+        draw(path, other)
+    assert other.read_bytes() == before
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(ConfigError, match="is no file"):
-        draw(path, tmp_path)
+        draw(path, tmp_path / "folder.png")
+
+
+@pytest.mark.parametrize("name", ["p.jpg", "p", "png", "m.safetensors"])
+def test_a_picture_has_the_name_of_one(name: str, path: Path, tmp_path: Path) -> None:
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"give a name that ends in \.png"):
+        draw(path, tmp_path / name)
+    assert [each.name for each in tmp_path.iterdir()] == ["m.safetensors"]
+    assert path.read_bytes() == before
+    draw(path, tmp_path / "p.PNG")
+
+
+def test_a_picture_needs_a_folder_and_is_no_checkpoint(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileAccessError, match="cannot create the picture: there is no such folder"):
+        draw(path, tmp_path / "none" / "p.png")
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(FileAccessError, match="cannot write the picture: No space left"):
+            draw(path, tmp_path / "p.png")
+    draw(path, tmp_path / "p.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(FileAccessError, match="cannot write the picture, the previous file is untouched: No"):
+            draw(path, tmp_path / "p.png")
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     orthoserde.save(nn.Linear(2, 2), tmp_path / "m")
-    with pytest.raises(ConfigError, match="no parametrized tensor to draw"):
+    with pytest.raises(NothingToDrawError, match="no parametrized tensor to draw"):
         draw(tmp_path / "m", tmp_path / "p.png")
     assert not (tmp_path / "p.png").exists()
 

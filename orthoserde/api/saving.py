@@ -209,7 +209,7 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
     if manifest.aliases:
         reasons.append("tied tensors are stored once")
     if manifest.left_out:
-        reasons.append(f"{len(manifest.left_out)} tensors are not in it, which a strict load_state_dict asks for")
+        reasons.append(f"what a strict load_state_dict asks for is not all in it: {len(manifest.left_out)} left out")
     if manifest.computed:
         reasons.append("computed tensors are among them, which a strict load_state_dict does not expect")
     if manifest.training is not None:

@@ -22,18 +22,25 @@ from orthoserde.cli.show_reports import (
     show_residuals,
     show_verification,
 )
-from orthoserde.cli.terminal import Output, complain, message_of
-from orthoserde.errors import CheckpointNotFoundError, ConfigError, FileAccessError, FileFormatError, OrthoserdeError
+from orthoserde.cli.terminal import Output, UnsaidError, complain, message_of
+from orthoserde.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    FileAccessError,
+    FileFormatError,
+    MissingPackageError,
+    OrthoserdeError,
+)
 from orthoserde.integrations import in_process
 from orthoserde.opening import open_checkpoint, rotations_of, stored_bytes
 from orthoserde.watching import watched
 
 #: Exit codes; the epilog says what they mean.
-OK, NOT_OK, UNREADABLE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+OK, NOT_OK, UNREADABLE, REFUSED, UNSAID, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 EXIT_CODES = (
     "Exit codes: 0 fine; 1 the answer is no (does not verify, or differs); 2 wrong usage, or the input cannot be read; "
-    "3 refused, or the output cannot be written, and nothing was; 130 interrupted."
+    "3 refused, or a file cannot be written, and nothing was; 4 the standard output cannot be written; 130 interrupted."
 )
 
 #: What is raised for wrong usage: click's own, whichever click this typer has.
@@ -94,14 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ended.exit_code
     except SystemExit:  # so typer ends where whoever reads its help has gone
         return OK
+    except UnsaidError as error:
+        complain(str(error))
+        return UNSAID
     except (OrthoserdeError, OSError) as error:
         complain(message_of(error))
         return UNREADABLE
 
 
 def _message(error: BaseException) -> str:
+    """What click says of wrong usage, in one line, and without what pydantic, which typer may use, puts before it."""
     say = getattr(error, "format_message", None)
-    return str(say() if callable(say) else error).rstrip(".") + "."
+    text = " ".join(str(say() if callable(say) else error).split())
+    return text.replace(": Value error, ", ": ", 1).rstrip(".") + "."
 
 
 def _show_version(wanted: bool) -> None:
@@ -137,6 +149,12 @@ def inspect(
 ) -> int:
     """Say what a checkpoint holds. Only headers are read, unless you ask for more."""
     output = Output()
+    if plot:
+        try:
+            plots.check_target(plot)
+        except (ConfigError, FileAccessError) as error:
+            return _refuse(error)
+    code = OK
     with open_checkpoint(path) as found:
         manifest, size = found.manifest, stored_bytes(path)
         value = objects.of_manifest(manifest, path, size)
@@ -153,16 +171,23 @@ def inspect(
             try:
                 with Bar("drawing", manifest.nbytes) as bar:
                     picture = plots.plot(watched(found, bar.advance, verify=True), in_process(None), plot)
-            except (ConfigError, plots.MissingPackageError, FileAccessError) as error:
-                complain(message_of(error))
-                return REFUSED
-            value["plot"] = objects.of_picture(picture)
-            lines += [Text(), *show_picture(picture, output.width)]
+                value["plot"] = objects.of_picture(picture)
+                lines += [Text(), *show_picture(picture, output.width)]
+            except plots.NothingToDrawError as error:
+                value["plot"] = None
+                code = _refuse(error)
+            except (ConfigError, MissingPackageError, FileAccessError) as error:
+                return _refuse(error)
     if as_json:
         output.json(value)
     else:
         output.lines(lines)
-    return OK
+    return code
+
+
+def _refuse(error: BaseException) -> int:
+    complain(message_of(error))
+    return REFUSED
 
 
 @app.command(epilog=EXIT_CODES)
@@ -189,6 +214,7 @@ def diff(
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="What values may be apart, relative to those of A, and count as the same.")
     ] = 0.0,
+    model_only: Annotated[bool, typer.Option("--model-only", help="Leave metadata and training state aside.")] = False,
     everything: All = False,
     as_json: Json = False,
 ) -> int:
@@ -203,7 +229,7 @@ def diff(
         Bar("comparing", one.manifest.nbytes + two.manifest.nbytes) as bar,
     ):
         sides = [watched(each, bar.advance, verify=True) for each in (one, two)]
-        report = comparison.diff(sides[0], sides[1], in_process(None), tolerance=tolerance)
+        report = comparison.diff(sides[0], sides[1], in_process(None), tolerance=tolerance, model_only=model_only)
     if as_json:
         output.json(objects.of_difference(report))
     else:
@@ -229,8 +255,7 @@ def convert(
     except (OrthoserdeError, OSError) as error:
         if isinstance(error, FileAccessError) and error.filename == source:
             raise
-        complain(message_of(error))
-        return REFUSED
+        return _refuse(error)
     if as_json:
         output.json(objects.of_conversion(report))
     else:

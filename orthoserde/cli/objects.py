@@ -114,10 +114,13 @@ def of_difference(report: DiffReport) -> Object:
         "b": report.paths[1],
         "same": report.same,
         "tolerance": report.tolerance,
+        "model_only": report.model_only,
+        "differs_in": report.differs_in,
         "identical": report.identical,
+        "within_tolerance": len(report.within),
         "only_in_a": report.only[0],
         "only_in_b": report.only[1],
-        "tensors": [_of_tensor(each) for each in report.tensors.values()],
+        "tensors": [_of_tensor(each, report.tolerance) for each in report.tensors.values()],
         "modules": _of_pairs(report.modules),
         "ties": _of_pairs(report.ties),
         "training": {
@@ -129,9 +132,10 @@ def of_difference(report: DiffReport) -> Object:
     }
 
 
-def _of_tensor(each: TensorDifference) -> Object:
+def _of_tensor(each: TensorDifference, tolerance: float) -> Object:
     return {
         "name": each.name,
+        "within_tolerance": each.within(tolerance),
         "kinds": each.kinds,
         "shapes": each.shapes,
         "dtypes": each.dtypes,

@@ -58,11 +58,13 @@ def show_residuals(report: VerifyReport, width: int, *, everything: bool) -> lis
 def show_difference(report: DiffReport, width: int, *, everything: bool) -> list[Text]:
     """The verdict, then what differs: tensors, configuration, training state."""
     head = [heading(f"a  {report.paths[0]}", width), heading(f"b  {report.paths[1]}", width)]
-    verdict = "the same" if report.same else "different"
-    if report.same and report.tensors:
-        verdict = f"the same within {report.tolerance:g}"
-    head += pair("verdict", verdict, width, "bold green" if report.same else "bold yellow")
-    counts = [f"{report.identical:,} identical", f"{len(report.tensors):,} different"]
+    head += pair("verdict", report.verdict, width, "bold green" if report.same else "bold yellow")
+    within = set(report.within)
+    near = [each for name, each in report.tensors.items() if name in within]
+    far = [each for name, each in report.tensors.items() if name not in within]
+    counts = [f"{report.identical:,} identical"]
+    counts += [f"{len(near):,} within the tolerance"] if near else []
+    counts += [f"{len(far):,} different"] if far or not near else []
     counts += [f"{len(names):,} only in {side}" for side, names in zip("ab", report.only, strict=True) if names]
     head += pair("tensors", ", ".join(counts), width)
     for note in report.notes:
@@ -71,7 +73,8 @@ def show_difference(report: DiffReport, width: int, *, everything: bool) -> list
         [
             head,
             *(listed(f"only in {side}", names, width) for side, names in zip("ab", report.only, strict=True)),
-            _differences(list(report.tensors.values()), width, everything),
+            _differences("tensors that differ", far, width, everything),
+            _differences(f"tensors within {report.tolerance:g}", near, width, everything),
             _pairs("configuration of modules", report.modules, width),
             _pairs("tied tensors", report.ties, width),
             _pairs("metadata", report.metadata, width),
@@ -80,8 +83,8 @@ def show_difference(report: DiffReport, width: int, *, everything: bool) -> list
     )
 
 
-def _differences(found: list[TensorDifference], width: int, everything: bool) -> list[Text]:
-    rows = [Row(("tensors that differ", "largest", "relative", "on the manifold"), style="bold")]
+def _differences(title: str, found: list[TensorDifference], width: int, everything: bool) -> list[Text]:
+    rows = [Row((title, "largest", "relative", "on the manifold"), style="bold")]
     shown = found if everything else found[:SHOWN]
     for each in shown:
         values = each.values

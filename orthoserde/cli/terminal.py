@@ -44,6 +44,10 @@ ASCII = Guides("|-- ", "`-- ", "|   ", "    ")
 INDENT = Guides("  ", "  ", "  ", "  ")
 
 
+class UnsaidError(Exception):
+    """What a command found cannot be written to the standard output. What it wrote elsewhere stands."""
+
+
 class Output:
     """The standard output of a command.
 
@@ -89,9 +93,16 @@ class Output:
         try:
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
-        except BrokenPipeError:
-            # Whoever read has gone (`| head`). Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except BrokenPipeError:  # whoever read has gone (`| head`)
+            _silence(stream)
+        except OSError as error:
+            _silence(stream)
+            raise UnsaidError(f"the standard output cannot be written: {error.strerror}") from error
+
+
+def _silence(stream: TextIO) -> None:
+    """Let what is still to be written go nowhere: Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def complain(message: str) -> None:

@@ -21,7 +21,9 @@ from orthoserde.registry import Registry
 __all__ = ["DiffReport", "Pair", "TensorDifference", "diff"]
 
 
-def diff(a: Checkpoint, b: Checkpoint, registry: Registry, *, tolerance: float = 0.0) -> DiffReport:
+def diff(
+    a: Checkpoint, b: Checkpoint, registry: Registry, *, tolerance: float = 0.0, model_only: bool = False
+) -> DiffReport:
     """Compare two checkpoints.
 
     Plain tensors are compared in blocks. Of a parametrized tensor that is not identical both computed tensors are in
@@ -32,6 +34,7 @@ def diff(a: Checkpoint, b: Checkpoint, registry: Registry, *, tolerance: float =
         b: The second.
         registry: The user's codecs.
         tolerance: What values may be apart, in Frobenius norms relative to the first, and count as the same.
+        model_only: Whether metadata and training state are left aside.
 
     Returns:
         What differs; see Note [Forms of a tensor].
@@ -50,23 +53,24 @@ def diff(a: Checkpoint, b: Checkpoint, registry: Registry, *, tolerance: float =
         for name in names:
             difference = compare(one, two, name, registry)
             if difference is not None:
-                found[name] = difference
-        training = compare_training(one.whole, two.whole)
+                found[difference.name] = difference
+        training = {} if model_only else compare_training(one.whole, two.whole)
     configured = one.has_configuration and two.has_configuration
     return DiffReport(
         paths=(a.origin, b.origin),
         only=(
-            tuple(name for name in one.names if name not in two.names),
-            tuple(name for name in two.names if name not in one.names),
+            tuple(one.in_file(name) for name in one.names if name not in two.names),
+            tuple(two.in_file(name) for name in two.names if name not in one.names),
         ),
         tensors=found,
         identical=len(names) - len(found),
         modules=_modules(a.manifest, b.manifest),
         ties=_pairs(one.ties, two.ties) if configured else {},
         training=training,
-        metadata=_pairs(a.manifest.metadata, b.manifest.metadata) if configured else {},
-        notes=tuple(_notes(a.manifest, b.manifest)),
+        metadata=_pairs(a.manifest.metadata, b.manifest.metadata) if configured and not model_only else {},
+        notes=tuple(_notes(a, b, model_only=model_only)),
         tolerance=tolerance,
+        model_only=model_only,
     )
 
 
@@ -93,7 +97,8 @@ def _pairs(one: Mapping[str, str], two: Mapping[str, str]) -> dict[str, Pair]:
     return {name: (one.get(name), two.get(name)) for name in names if one.get(name) != two.get(name)}
 
 
-def _notes(one: Manifest, two: Manifest) -> list[str]:
+def _notes(a: Checkpoint, b: Checkpoint, *, model_only: bool) -> list[str]:
+    one, two = a.manifest, b.manifest
     notes: list[str] = []
     if set(one.compact) != set(two.compact):
         notes.append("bases are stored as columns in one of them and whole in the other, which means the same")
@@ -101,7 +106,13 @@ def _notes(one: Manifest, two: Manifest) -> list[str]:
     if any(kinds[0][name] != kinds[1][name] for name in kinds[0].keys() & kinds[1].keys()):
         notes.append("parametrizations are of other kinds; state is compared where one form can be taken for the other")
     if one.has_configuration != two.has_configuration:
-        notes.append("one of them has no configuration; where it has the state, that of the other is taken for it")
+        plain, ours = ("b", "a") if one.has_configuration else ("a", "b")
+        notes.append(
+            f"{plain} does not say how its tensors are parametrized; those that have the names of parametrized ones "
+            f"of {ours} are taken to be computed in the same way"
+        )
     if any(manifest.computed for manifest in (one, two)):
         notes.append("computed tensors that are stored for other readers are not compared")
+    if model_only:
+        notes.append("metadata and training state were not compared, as was asked")
     return notes

@@ -11,6 +11,15 @@ from orthoserde.json_values import JSON
 #: Two values of one thing, of the first checkpoint and of the second; None for what one of them does not have.
 Pair = tuple[JSON, JSON]
 
+#: What can differ, in words, by the name of the field that says how.
+SORTS: Mapping[str, str] = {
+    "tensors": "tensors",
+    "modules": "configuration of modules",
+    "ties": "tied tensors",
+    "metadata": "metadata",
+    "training": "training state",
+}
+
 #: What a tensor that is not parametrized is called where the kinds of two are named.
 PLAIN = "plain"
 
@@ -69,6 +78,7 @@ class DiffReport:
         metadata: The user's strings that differ, by name.
         notes: What is stored another way and means the same, and what could not be compared; one sentence each.
         tolerance: Values that are apart by no more than this, relative to the first, do not count.
+        model_only: Whether metadata and training state were not looked at.
     """
 
     paths: tuple[str, str]
@@ -81,13 +91,38 @@ class DiffReport:
     metadata: Mapping[str, Pair] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tolerance: float = 0.0
+    model_only: bool = False
 
     @property
     def same(self) -> bool:
         """Whether nothing differs, but for values within the tolerance."""
-        others = self.only[0] or self.only[1] or self.modules or self.ties or self.metadata
-        return not (
-            others
-            or any(not tensor.within(self.tolerance) for tensor in self.tensors.values())
-            or any(not (isinstance(v, Distance) and v.within(self.tolerance)) for v in self.training.values())
-        )
+        return not self.differs_in
+
+    @property
+    def within(self) -> tuple[str, ...]:
+        """Names of the tensors of both that are not identical, but within the tolerance."""
+        return tuple(name for name, tensor in self.tensors.items() if tensor.within(self.tolerance))
+
+    @property
+    def differs_in(self) -> tuple[str, ...]:
+        """What makes the two different: keys of :data:`SORTS`, in that order; empty if they are the same."""
+        far = any(not (isinstance(v, Distance) and v.within(self.tolerance)) for v in self.training.values())
+        found = {
+            "tensors": any(self.only) or len(self.within) < len(self.tensors),
+            "modules": bool(self.modules),
+            "ties": bool(self.ties),
+            "metadata": bool(self.metadata),
+            "training": far,
+        }
+        return tuple(sort for sort in SORTS if found[sort])
+
+    @property
+    def verdict(self) -> str:
+        """:attr:`same` in words, and what makes them different."""
+        within = f" within {self.tolerance:g}"
+        if self.same:
+            return f"the same{within if self.tensors or self.training else ''}"
+        text = f"different: {', '.join(SORTS[sort] for sort in self.differs_in)}"
+        if "tensors" in self.differs_in:
+            return text
+        return f"{text}; tensors the same{within if self.tensors else ''}"

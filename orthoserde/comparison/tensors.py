@@ -14,7 +14,7 @@ from orthoserde.json_values import JSON, differences
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED, ParametrizedRecord, TensorRecord, join
 from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
-from orthoserde.transforms import expand, to_parametrizations, unstructure
+from orthoserde.transforms import expand, hook_keys, to_parametrizations, unstructure
 
 _ORTHONORMAL = frozenset({ORTHOGONAL, STRUCTURED})
 
@@ -23,7 +23,11 @@ class Side:
     """One of the two checkpoints, its tensors by the names that modules have for them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.given = unstructure(to_parametrizations(checkpoint))
+        renamed = to_parametrizations(checkpoint)
+        self._keys_in_file = {
+            key: old for key, old in hook_keys(checkpoint.manifest).items() if key in renamed.manifest
+        }
+        self.given = unstructure(renamed)
         self.whole = expand(self.given)
         self.compact = {record.name: record for record in self.given.manifest.parametrized if record.columns()}
         manifest = self.whole.manifest
@@ -45,6 +49,10 @@ class Side:
                 self.records[name] = record
                 inside = {*keys, *_under_aliases(record)}
                 self.names = dict.fromkeys([name, *(each for each in self.names if each not in inside)])
+
+    def in_file(self, name: str) -> str:
+        """A name as it stands in the file: its tensors may have the keys of a hook there."""
+        return self._keys_in_file.get(name, name)
 
     def kinds(self, name: str) -> str:
         """Kinds of its parametrizations, in order."""
@@ -89,7 +97,8 @@ def compare(one: Side, two: Side, name: str, registry: Registry) -> TensorDiffer
         values = _stored_distance(one.whole, name, two.whole, name) if comparable else None
         if values is not None and values.identical:
             return None
-        return TensorDifference(name, kinds, shapes, dtypes, values=values, not_compared=_shapes_differ(comparable))
+        text = _shapes_differ(comparable)
+        return TensorDifference(one.in_file(name), kinds, shapes, dtypes, values=values, not_compared=text)
     if kinds[0] == kinds[1]:
         settings = _settings(one.records[name], two.records[name])
         state, complete = _state(one, two, name)

@@ -13,6 +13,7 @@ from orthoserde.restore.plan import Plan, Write
 from orthoserde.tensor_bytes import digest_of, iter_bytes, span
 from orthoserde.transforms import check_columns
 from orthoserde.walk import identity
+from orthoserde.wording import counted
 
 
 def check_digests(checkpoint: Checkpoint) -> None:
@@ -24,7 +25,7 @@ def check_digests(checkpoint: Checkpoint) -> None:
     damaged = checkpoint.damaged()
     if damaged:
         raise DamagedFileError(
-            f"{checkpoint.origin}: the bytes of {len(damaged)} tensors are not those that were saved "
+            f"{checkpoint.origin}: the bytes of {counted(len(damaged), 'tensor')} are not those that were saved "
             f"({shorten(damaged)}); nothing was loaded, use another copy of the file"
         )
 

@@ -18,7 +18,7 @@ from orthoserde.storage.leftovers import remove_leftovers_of, temporary_name, tr
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[io.FileIO]:
+def replacing(path: str | os.PathLike[str], mode: int | None = None, what: str = "checkpoint") -> Iterator[io.FileIO]:
     """Open a temporary file that becomes ``path`` when the block ends without an exception.
 
     A symbolic link is followed: the file it points to is replaced. The mode is that of the replaced file, or what the
@@ -27,12 +27,14 @@ def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator
     Args:
         path: The file to create or replace.
         mode: Permission bits where no file is replaced.
+        what: What the file is, for messages.
 
     Raises:
         FileAccessError: The system refused something; the previous file is untouched and no temporary file is left.
         CommitUncertainError: The new file is in place, but the folder could not be forced to the disk.
     """
     name = os.fsdecode(path)
+    replaced: int | None = None
     try:
         name = os.path.realpath(name)
         replaced = mode_of(name)
@@ -40,7 +42,7 @@ def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator
         remove_leftovers_of(name)  # first, for they may be what fills the disk
         temporary, descriptor = create_temporary(name)
     except OSError as error:
-        raise refused(error, "cannot create", name) from error
+        raise refused(error, f"cannot create the {what}", name, previous=replaced is not None) from error
     except ValueError as error:  # a NUL in the path
         raise FileAccessError(errno.EINVAL, str(error), name) from error
     try:
@@ -53,7 +55,7 @@ def replacing(path: str | os.PathLike[str], mode: int | None = None) -> Iterator
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
-            raise refused(error, "cannot write", name) from error
+            raise refused(error, f"cannot write the {what}", name, previous=replaced is not None) from error
         raise
     try:
         sync_folder(os.path.dirname(name))
@@ -75,13 +77,19 @@ def create_temporary(name: str) -> tuple[str, int]:
     return temporary, descriptor
 
 
-def refused(error: OSError, what: str, name: str) -> FileAccessError:
-    """What a save says of an error of the system: ``what`` it could not do, and that nothing was lost."""
+def refused(error: OSError, what: str, name: str, *, previous: bool) -> FileAccessError:
+    """What a save says of an error of the system.
+
+    Args:
+        error: The error.
+        what: What could not be done.
+        name: The file or folder.
+        previous: Whether there was a file before, of which is said that it was not lost.
+    """
     if isinstance(error, FileAccessError):
         return error
-    return FileAccessError(
-        error.errno, f"{what} the checkpoint, the previous file is untouched: {error.strerror}", name
-    )
+    kept = ", the previous file is untouched" if previous else ""
+    return FileAccessError(error.errno, f"{what}{kept}: {error.strerror}", name)
 
 
 def set_mode(descriptor: int, mode: int | None) -> None:

@@ -187,7 +187,7 @@ def match_optimizer(
 
     theirs, ours = qualname_of(record.class_name), type(optimizer).__qualname__
     if theirs != ours:
-        mismatch(f"a {theirs} in the file, a {ours} here")
+        mismatch(f"{theirs} in the file, {ours} here")
     state_dict = cast("Mapping[str, Any]", optimizer.state_dict())
     theirs_all = {name for group in record.groups for name in group.parameters}
     paired, own_groups = _paired(optimizer, state_dict, theirs_all, wanted, mismatch)
@@ -298,10 +298,10 @@ def _check_options(plan: OptimizerPlan, described: GetTensor, mismatch: Callable
         for name, value in options.items():
             # What another torch has and leaves off asks for nothing that this one would have to do.
             if name not in own and name not in SCHEDULED and not takes_any and value is not None and value is not False:
-                mismatch(f"group {i} has the option {name!r} in the file, which a {_name(plan)} here does not know")
+                mismatch(f"group {i} has the option {name!r} in the file, which {_name(plan)} here does not know")
             elif name in own and not _alike(own[name], value):
                 mismatch(
-                    f"group {i}: {name} is a {type(value).__name__} in the file, a {type(own[name]).__name__} here"
+                    f"group {i}: {name} is of type {type(value).__name__} in the file, {type(own[name]).__name__} here"
                 )
 
 
@@ -318,10 +318,10 @@ def _check_state(plan: OptimizerPlan, described: GetTensor, mismatch: Callable[[
     if spanning:
         theirs = [name for group in plan.record.groups for name in group.parameters]
         if set(theirs) != plan.numbers.keys():
-            mismatch(f"a {_name(plan)} seems to keep state of several parameters in one; reset='all', or none of it")
+            mismatch(f"{_name(plan)} seems to keep state of several parameters in one; reset='all', or none of it")
         elif theirs != list(plan.numbers):
             mismatch(
-                f"a {_name(plan)} seems to keep state of several parameters in one, and their order is not that of the "
+                f"{_name(plan)} seems to keep state of several parameters in one, and their order is not that of the "
                 "file; make it from the parameters in the same order"
             )
 

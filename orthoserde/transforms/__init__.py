@@ -3,7 +3,7 @@
 from orthoserde.transforms.bake import bake
 from orthoserde.transforms.canonical import compact, compact_all, expand
 from orthoserde.transforms.columns import check_columns
-from orthoserde.transforms.forms import to_hooks, to_parametrizations
+from orthoserde.transforms.forms import hook_keys, to_hooks, to_parametrizations
 from orthoserde.transforms.structured import structure, unstructure
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "compact",
     "compact_all",
     "expand",
+    "hook_keys",
     "structure",
     "to_hooks",
     "to_parametrizations",

@@ -31,6 +31,7 @@ from orthoserde.tensor_bytes import contiguous_strides, dtype_name
 from orthoserde.transforms.canonical import expand
 from orthoserde.transforms.forms import NormedTensor, configs_of, normed_tensors
 from orthoserde.transforms.rewriting import keep_aliases
+from orthoserde.wording import counted
 
 #: Bytes that one stored tensor or intermediate result may have: a float32 base of 32,768 rows.
 SCRATCH_BYTES = 4 << 30
@@ -92,7 +93,8 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
 
 def _listed(origin: str, problems: Collection[Problem]) -> str:
     lines = "".join(f"\n  - {problem.where}: {problem.text}" for problem in problems)
-    return f"{origin}: {len(problems)} tensors cannot be computed from the file alone; load it into its model:{lines}"
+    tensors = counted(len(problems), "tensor")
+    return f"{origin}: {tensors} cannot be computed from the file alone; load it into its model:{lines}"
 
 
 def _records(checkpoint: Checkpoint) -> Iterator[ParametrizedRecord]:

@@ -92,6 +92,19 @@ def to_parametrizations(checkpoint: Checkpoint, names: Collection[str] | None = 
     return convert(checkpoint, _chosen(checkpoint, names, hooked=True), hooked=False)
 
 
+def hook_keys(manifest: Manifest) -> dict[str, str]:
+    """Keys of torch's older hooks in a checkpoint, by those that :func:`to_parametrizations` gives the tensors."""
+    return {
+        after: key
+        for tensor in normed_tensors(manifest)
+        for path in tensor.paths
+        for key, after in zip(
+            tensor.keys(path, hooked=True).values(), tensor.keys(path, hooked=False).values(), strict=True
+        )
+        if tensor.hooked and key in manifest and after not in manifest
+    }
+
+
 def convert(checkpoint: Checkpoint, chosen: Iterable[NormedTensor], *, hooked: bool) -> Checkpoint:
     """Give these tensors the keys of hooks, or of parametrizations."""
     keys: dict[str, str] = {}

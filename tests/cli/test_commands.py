@@ -99,6 +99,20 @@ def sound(tmp_path: Path) -> Path:
     return tmp_path / "sound.safetensors"
 
 
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Path, Path]:
+    """A model, and the same a step later, with training state and other metadata."""
+    torch.manual_seed(0)
+    model = nn.Sequential(orthogonal(nn.Linear(16, 8)), nn.Linear(8, 4))
+    orthoserde.save(model, tmp_path / "before", metadata={"run": "1"})
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.mul_(1.02 if i == 0 else 1.01)
+    optimizer = torch.optim.Adam(model.parameters())
+    orthoserde.save(model, tmp_path / "after", optimizer=optimizer, metadata={"run": "2"})
+    return tmp_path / "before", tmp_path / "after"
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -165,17 +179,34 @@ class TestInspect:
 
     def test_a_picture_that_is_refused_is_3(self, run: Run, sound: Path, tmp_path: Path) -> None:
         before = sound.read_bytes()
-        places = [sound, tmp_path, tmp_path / "none" / "p.png"]
+        (tmp_path / "folder.png").mkdir()
+        places = [sound, tmp_path, tmp_path / "p.jpg", tmp_path / "folder.png", tmp_path / "none" / "p.png"]
         if sys.platform != "win32":
-            os.mkfifo(tmp_path / "fifo")
-            places.append(tmp_path / "fifo")
+            os.mkfifo(tmp_path / "fifo.png")
+            places.append(tmp_path / "fifo.png")
         for place in places:
             code, out, err = run("inspect", sound, "--plot", place)
             assert (code, out) == (3, "")
             assert err.count("\n") == 1
+            assert "checkpoint" not in err
+            assert "previous file" not in err
         assert sound.read_bytes() == before
-        save_file({"x": torch.ones(2)}, tmp_path / "plain")
-        assert run("inspect", tmp_path / "plain", "--plot", tmp_path / "p.png")[0] == 3
+
+    def test_a_picture_is_refused_before_anything_is_computed(
+        self, run: Run, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("orthoserde.audit.verify", pytest.fail)
+        assert run("inspect", sound, "--residuals", "--plot", tmp_path / "p.jpg")[0] == 3
+
+    def test_where_there_is_nothing_to_draw_the_rest_is_shown_with_3(self, run: Run, tmp_path: Path) -> None:
+        torch.save({"x": torch.ones(2)}, tmp_path / "sd.pt")
+        _, shown, _ = run("inspect", tmp_path / "sd.pt")
+        code, out, err = run("inspect", tmp_path / "sd.pt", "--plot", tmp_path / "p.png")
+        assert (code, out) == (3, shown)
+        assert err == f"orthoserde: {tmp_path / 'sd.pt'}: no parametrized tensor to draw\n"
+        code, out, _ = run("inspect", tmp_path / "sd.pt", "--plot", tmp_path / "p.png", "--json")
+        assert (code, json.loads(out)["plot"]) == (3, None)
+        assert not (tmp_path / "p.png").exists()
 
     def test_residuals_say_what_is_wrong(self, run: Run) -> None:
         _, out, _ = run("inspect", FOLDER / "norms.safetensors", "--residuals")
@@ -260,7 +291,40 @@ class TestDiff:
         code, out, _ = run("diff", tmp_path / "a", tmp_path / "b", "--tolerance", "1e-5")
         assert code == 0
         assert "the same within 1e-05" in out
+        assert "0 identical, 1 within the tolerance\n" in out
+        assert "tensors within 1e-05 " in out
+        assert "differ" not in out
         assert run("diff", tmp_path / "a", tmp_path / "b", "--tolerance", "-1")[0] == 2
+
+    def test_what_differs_is_said_with_the_verdict(self, run: Run, trained: tuple[Path, Path]) -> None:
+        code, out, _ = run("diff", *trained, "--tolerance", "10")
+        assert code == 1
+        assert "  verdict      different: metadata, training state; tensors the same within 10\n" in out
+        assert "  tensors      0 identical, 4 within the tolerance\n" in out
+        assert "tensors that differ" not in out
+        code, out, _ = run("diff", *trained, "--tolerance", "0.012")
+        assert code == 1
+        assert "  verdict      different: tensors, metadata, training state\n" in out
+        assert "tensors that differ" in out
+        assert "tensors within 0.012" in out
+
+    def test_the_model_alone(self, run: Run, trained: tuple[Path, Path]) -> None:
+        code, out, _ = run("diff", *trained, "--tolerance", "10", "--model-only")
+        assert code == 0
+        assert "  verdict      the same within 10\n" in out
+        assert "metadata and training state were not compared" in out
+        assert run("diff", *trained, "--model-only")[0] == 1
+
+    def test_json_says_what_made_the_verdict(self, run: Run, trained: tuple[Path, Path]) -> None:
+        value = json.loads(run("diff", *trained, "--tolerance", "0.012", "--json")[1])
+        assert (value["same"], value["model_only"]) == (False, False)
+        assert value["differs_in"] == ["tensors", "metadata", "training"]
+        near = [each["name"] for each in value["tensors"] if each["within_tolerance"]]
+        assert value["within_tolerance"] == len(near)
+        assert 0 < len(near) < len(value["tensors"]) == 4
+        value = json.loads(run("diff", *trained, "--tolerance", "10", "--model-only", "--json")[1])
+        assert (value["same"], value["model_only"], value["differs_in"]) == (True, True, [])
+        assert (value["metadata"], value["training"]) == ({}, {})
 
 
 class TestConvert:
@@ -302,6 +366,25 @@ class TestConvert:
         code, _, err = run("convert", sound, tmp_path / "none" / "x", "--to", "dense")
         assert code == 3
         assert err.count("\n") == 1
+
+        assert err.endswith("cannot create the checkpoint: No such file or directory\n")
+
+    def test_a_file_is_not_given_the_name_of_a_folder(self, run: Run, sound: Path, tmp_path: Path) -> None:
+        code, _, err = run("convert", sound, f"{tmp_path}/out/", "--to", "dense")
+        assert code == 3
+        assert err.endswith(
+            "out/: ends as the name of a folder does, and one file is written; give the name of a file\n"
+        )
+        assert not (tmp_path / "out").exists()
+
+    def test_usage_is_said_in_clean_words(self, run: Run, sound: Path, tmp_path: Path) -> None:
+        forms = "dense, compact, baked, hooks, torch, pyreft, pyreft-full"
+        code, _, err = run("convert", sound, tmp_path / "x")
+        assert code == 2
+        assert f"Missing option '--to'. Choose from: {forms}. (" in err
+        code, _, err = run("convert", sound, tmp_path / "x", "--to", "bogus")
+        assert code == 2
+        assert "Invalid value for '--to': 'bogus' is not one of 'dense', 'compact'" in err
 
     def test_a_source_that_cannot_be_read_is_2(self, run: Run, sound: Path, tmp_path: Path) -> None:
         flip_bit(sound, -1)
@@ -398,9 +481,9 @@ def test_help_and_version_are_0(run: Run) -> None:
 def test_the_reference_has_every_option(command: str, run: Run) -> None:
     page = (ROOT / "docs" / "reference" / "command-line.md").read_text("utf-8")
     section = page.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
-    documented = set(re.findall(r"^\| `(--[a-z]+)", section, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE))
     _, out, _ = run(command, "--help")
-    assert documented | {"--help"} == set(re.findall(r"--[a-z]+", out))
+    assert documented | {"--help"} == set(re.findall(r"--[a-z][a-z-]*", out))
 
 
 @pytest.mark.parametrize("name", MODELS)

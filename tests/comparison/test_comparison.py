@@ -137,12 +137,36 @@ def test_a_state_dict_borrows_the_configuration(a: Path, tmp_path: Path) -> None
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "b.safetensors")
     report = compare(a, tmp_path / "b.safetensors")
     assert report.same
-    assert "that of the other is taken for it" in report.notes[0]
+    assert report.notes[0].startswith("b does not say how its tensors are parametrized; those that have the names of")
     scramble_(model)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "b.safetensors")
     for report in (compare(a, tmp_path / "b.safetensors"), compare(tmp_path / "b.safetensors", a)):
         assert set(report.tensors["1.weight"].state) == {"original0", "original1"}
         assert report.tensors["1.weight"].values is not None
+
+
+def test_keys_are_named_as_they_stand_in_the_file(a: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old: Any = nn.ModuleDict({"0": nn.utils.weight_norm(nn.Linear(6, 4)), "x": nn.utils.weight_norm(nn.Linear(4, 4))})
+    torch.save(old.state_dict(), tmp_path / "old.pt")
+    report = compare(a, tmp_path / "old.pt")
+    assert set(report.only[1]) == {"x.bias", "0.weight_g", "0.weight_v", "x.weight_g", "x.weight_v"}
+    with torch.no_grad():
+        old["x"].weight_g.add_(1)
+    torch.save(old.state_dict(), tmp_path / "older.pt")
+    assert list(compare(tmp_path / "old.pt", tmp_path / "older.pt").tensors) == ["x.weight_g"]
+
+
+def test_the_model_alone_is_compared(a: Path, tmp_path: Path) -> None:
+    other = trained(tmp_path / "b")
+    orthoserde.save(make(), tmp_path / "c", metadata={"run": "2"}, state={"step": 1})
+    assert compare(a, tmp_path / "c").differs_in == ("metadata", "training")
+    assert compare(a, tmp_path / "c").verdict == "different: metadata, training state; tensors the same"
+    with open_checkpoint(a) as one, open_checkpoint(tmp_path / "c") as two, open_checkpoint(other) as three:
+        report = comparison.diff(one, two, Registry(), model_only=True)
+        assert (report.same, report.verdict) == (True, "the same")
+        report = comparison.diff(one, three, Registry(), model_only=True)
+        assert (report.same, report.verdict) == (False, "different: tensors")
 
 
 def test_shapes_dtypes_and_what_one_alone_has(tmp_path: Path) -> None:

@@ -620,7 +620,7 @@ def test_any_flipped_bit_of_the_data_is_found(tmp_path: Path) -> None:
     before = snapshot(target)
     for i in range(start, len(whole), 3):
         flip_bit(path, i, i % 8)
-        with pytest.raises(DamagedFileError, match="bytes of 1 tensors are not those that were saved"):
+        with pytest.raises(DamagedFileError, match="bytes of 1 tensor are not those that were saved"):
             orthoserde.load(target, path)
         path.write_bytes(whole)
     assert_unchanged(target, before)

@@ -135,7 +135,7 @@ def test_a_model_that_cannot_be_printed_is_saved_and_loaded(path: Path) -> None:
 
 def test_the_command_line_shows_and_verifies_a_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     orthoserde.save(build(LOREFT), path)
-    assert cli.main(["inspect", str(path)]) == 0
+    assert cli.main(["inspect", "--all", str(path)]) == 0
     shown = capsys.readouterr().out
     assert KEY.format(0, 0) in shown
     assert "rotate_layer" in shown
@@ -354,7 +354,7 @@ model = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 5))
 orthoserde.save(model, sys.argv[1])
 orthoserde.load(model, sys.argv[1])
 orthoserde.inspect(sys.argv[1]); orthoserde.verify(sys.argv[1])
-assert not loaded("pyvene", "pyreft", "orthoserde.integrations")
+assert not loaded("pyvene", "pyreft", "orthoserde.integrations.pyreft")
 import orthoserde.integrations.pyreft
 try:
     orthoserde.load(model, sys.argv[2])

@@ -141,7 +141,7 @@ def test_another_optimizer_in_accelerates_wrapper_is_refused(tmp_path: Path) -> 
         Accelerator(cpu=True).prepare(make(model.parameters())) for make in (torch.optim.Adam, torch.optim.SGD)
     )
     orthoserde.save(model, tmp_path / "m", optimizer=adam)
-    with pytest.raises(orthoserde.IncompatibleModelError, match="a Adam in the file, a SGD here"):
+    with pytest.raises(orthoserde.IncompatibleModelError, match="Adam in the file, SGD here"):
         orthoserde.load(model, tmp_path / "m", optimizer=sgd)
 
 
@@ -152,5 +152,5 @@ def test_the_adafactor_of_torch_is_another_one(from_torch: bool, tmp_path: Path)
     both = [torch.optim.Adafactor(model.parameters()), Adafactor(model.parameters())]
     saved, loaded = both if from_torch else reversed(both)
     orthoserde.save(model, tmp_path / "m", optimizer=saved)
-    with pytest.raises(orthoserde.IncompatibleModelError, match="which a Adafactor here does not know"):
+    with pytest.raises(orthoserde.IncompatibleModelError, match="which Adafactor here does not know"):
         orthoserde.load(model, tmp_path / "m", optimizer=loaded)

@@ -63,7 +63,7 @@ def in_place() -> None:
                 yield file
                 os.fsync(file.fileno())
         except OSError as error:
-            raise atomic.refused(error, "cannot write", str(path)) from error
+            raise atomic.refused(error, "cannot write the checkpoint", str(path), previous=True) from error
 
     patch(writer, "replacing", replacing)
 

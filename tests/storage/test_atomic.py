@@ -306,6 +306,18 @@ def test_an_error_of_the_system_in_the_block_says_that_the_previous_file_is_unto
     assert_untouched(target)
 
 
+def test_where_there_was_no_file_none_is_spoken_of(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileAccessError, match=r"cannot write the checkpoint: gone") as caught,
+        replacing(tmp_path / "new"),
+    ):
+        raise OSError(errno.EIO, "gone")
+    assert "previous file" not in str(caught.value)
+    with pytest.raises(FileAccessError, match="cannot create the picture: ") as caught:
+        replacing(tmp_path / "none" / "new", what="picture").__enter__()
+    assert "previous file" not in str(caught.value)
+
+
 def test_an_error_of_reading_another_checkpoint_in_the_block_keeps_the_name_of_that_file(target: Path) -> None:
     error = FileAccessError(errno.EIO, "cannot read the checkpoint", "the source")
     with pytest.raises(FileAccessError) as caught, replacing(target):

@@ -222,7 +222,7 @@ def test_parameters_that_the_model_does_not_have_are_refused(tmp_path: Path) -> 
 def test_everything_that_does_not_match_is_listed(tmp_path: Path) -> None:
     saved(tmp_path / "m")
     model = net()
-    refused(tmp_path / "m", model, "a Adam in the file, a SGD here", optimizer=SGD(model.parameters(), lr=0.1))
+    refused(tmp_path / "m", model, "Adam in the file, SGD here", optimizer=SGD(model.parameters(), lr=0.1))
     part = Adam(model[0].parameters())
     refused(tmp_path / "m", model, r"not in this one: 1\.bias, 1\.weight", optimizer=part)
     groups = Adam([{"params": model[0].parameters()}, {"params": model[1].parameters()}])
@@ -664,7 +664,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "an unknown option that is zero": (lambda r: _options(r, lambda o: o.append(["evil", 0])), "has the option 'evil'"),
     "an option of another type": (
         lambda r: _options(r, lambda o: o.__setitem__(0, ["lr", "fast"])),
-        "lr is a str in the file, a float here",
+        "lr is of type str in the file, float here",
     ),
     "options that are none": (lambda r: _group(r, options=[1]), "expected a dict, got list"),
     "an unknown entry": (lambda r: _entry(r, lambda e: e.append(["evil", 1])), "Adam keeps no 'evil'"),

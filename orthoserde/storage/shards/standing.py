@@ -60,7 +60,12 @@ class Standing:
         try:
             return cls(folder, has_single, shards or frozenset(), mode_of(read_by))
         except OSError as error:
-            raise refused(error, "cannot replace", read_by) from error
+            raise refused(error, "cannot replace the checkpoint", read_by, previous=True) from error
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a checkpoint."""
+        return self.has_single or bool(self.shards)
 
     def may_take(self, name: str, header: bytes) -> bool:
         """Whether a shard with this header may take a name: nothing stands there, or nothing that anyone needs.

@@ -79,7 +79,8 @@ def _made(folder: str) -> Iterator[None]:
             os.mkdir(folder)
             sync_folder(os.path.dirname(folder))
     except OSError as error:
-        raise refused(error, "max_shard_size saves into a folder: cannot make the folder of", folder) from error
+        text = "max_shard_size saves into a folder: cannot make the folder of the checkpoint"
+        raise refused(error, text, folder, previous=False) from error
     except ValueError as error:  # a NUL in the path
         raise FileAccessError(errno.EINVAL, str(error), folder) from error
     try:
@@ -137,7 +138,7 @@ def _write(
     except BaseException as error:
         _discard(staged, placed, index_path, text)
         if isinstance(error, OSError):
-            raise refused(error, "cannot write", standing.folder) from error
+            raise refused(error, "cannot write the checkpoint", standing.folder, previous=standing.has_any) from error
         raise
     return sum(shard.size for shard in shards) + len(text), [*names, INDEX]
 

@@ -117,7 +117,7 @@ def contradicts(specimen: Specimen, path: Path, report: LoadReport) -> str:
     compared = ["tensors", "training", "version", "digest"]
     if report.fidelity is orthoserde.Fidelity.EXACT:
         compared += ["parametrized", "modules"]
-    return ", ".join(name for name in compared if not same(said[name], held[name]))
+    return ", ".join(name for name in compared if not same(said[name], _as_far_as(said[name], held[name])))
 
 
 def _asked_for(training: JSON) -> JSON:
@@ -129,6 +129,35 @@ def _asked_for(training: JSON) -> JSON:
             if name != "rng"
         }
     return [_asked_for(item) for item in training] if isinstance(training, list) else training
+
+
+def _as_far_as(said: JSON, held: JSON) -> JSON:
+    """What is held, as far as a file speaks of it.
+
+    A shape that is null is not known, and of an option that a file lacks the optimizer keeps its own value: files of an
+    older torch lack some.
+    """
+    if isinstance(said, dict) and isinstance(held, dict):
+        inner = {name: _as_far_as(said.get(name), value) for name, value in held.items()}
+        if "originals" in said:
+            return {name: None if said.get(name) is None else value for name, value in inner.items()}
+        if "options" in said:
+            return {**inner, "options": _options_of(said["options"], held["options"])}
+        return inner
+    if isinstance(said, list) and isinstance(held, list) and len(said) == len(held):
+        return [_as_far_as(*pair) for pair in zip(said, held, strict=True)]
+    return held
+
+
+def _options_of(said: JSON, held: JSON) -> JSON:
+    """Those options that are held of which a file speaks."""
+    if not isinstance(said, dict) or not isinstance(held, dict):
+        return held
+    ours, theirs = held.get("dict"), said.get("dict")
+    if not isinstance(ours, list) or not isinstance(theirs, list):
+        return held
+    named = [pair[0] for pair in theirs if isinstance(pair, list)]
+    return {"dict": [pair for pair in ours if isinstance(pair, list) and pair[0] in named]}
 
 
 def descriptors() -> int:

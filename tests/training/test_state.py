@@ -626,7 +626,7 @@ def _entry(record: OptimizerRecord, change: Callable[[list[Any]], object]) -> Op
 
 
 HOSTILE: dict[str, tuple[Change, str]] = {
-    "no rate": (lambda r: _options(r, lambda o: o.__setitem__(0, ["lr", None])), "lr is a NoneType in the file"),
+    "no rate": (lambda r: _options(r, lambda o: o.__setitem__(0, ["lr", None])), "lr is of type NoneType in the file"),
     "a rest of other parts": (
         lambda r: dataclasses.replace(r, rest={"dict": [["rest", {"dict": []}]]}),
         "expected rest and shared",
@@ -637,7 +637,10 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         ),
         "state of no parameter under the number of one",
     ),
-    "another class": (lambda r: dataclasses.replace(r, class_name="os:system"), "a system in the file"),
+    "another class": (
+        lambda r: dataclasses.replace(r, class_name="os:system"),
+        "optimizer: system in the file, Adam here",
+    ),
     "another group": (
         lambda r: _group(r, parameters=(*r.groups[0].parameters, "more")),
         "not in this one: more",

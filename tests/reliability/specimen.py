@@ -140,7 +140,9 @@ def _as_far_as(said: JSON, held: JSON) -> JSON:
     if isinstance(said, dict) and isinstance(held, dict):
         inner = {name: _as_far_as(said.get(name), value) for name, value in held.items()}
         if "originals" in said:
-            return {name: None if said.get(name) is None else value for name, value in inner.items()}
+            known = {name: None if said.get(name) is None else value for name, value in inner.items()}
+            # Whether a parametrization was registered unsafely matters while it is registered; the model keeps its own.
+            return {**known, "unsafe": said.get("unsafe")}
         if "options" in said:
             return {**inner, "options": _options_of(said["options"], held["options"])}
         return inner

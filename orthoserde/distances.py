@@ -178,7 +178,7 @@ class _Sums:
         same = (one == two) | (one.isnan() & two.isnan())
         finite = one.isfinite() & two.isfinite()
         self._not_comparable += int((~finite & ~same).sum())
-        none = torch.zeros((), dtype=torch.float64)
+        none = torch.zeros((), dtype=torch.float64, device="cpu")
         apart = torch.where(finite & ~same, (one - two).abs(), none)
         self._largest = max(self._largest, float(apart.max()) if apart.numel() else 0.0)
         self._apart = math.hypot(self._apart, _norm(apart))

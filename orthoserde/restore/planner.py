@@ -144,7 +144,11 @@ class _Planner:
         verdict = compare_chain(record, tensor, self.registry)
         self.plan.problems += verdict.problems
         self._own_live(tensor, verdict.fidelity, "; ".join([RESTORED, *verdict.reasons]))
-        problem = None if verdict.problems else contradiction(record, self.manifest, self.registry)
+        # A tensor of the model says which shape fits; what the manifest says of the weight is held to that too.
+        parts = [self.slots[key] for prefix in prefixes_of(tensor) for key in self.model_parts.get(prefix, ())]
+        open_question = record.shape is not None or any(slot.tensor is None for slot in parts)
+        asked = open_question and not verdict.problems
+        problem = contradiction(record, self.manifest, self.registry) if asked else None
         if problem is not None:
             self.plan.mismatch(tensor.name, problem)
         if verdict.problems or problem is not None:

@@ -115,7 +115,9 @@ def _read_archive(file: io.FileIO, size: int, name: str) -> dict[str, Tensor]:
     tensors = _checked(_unpickled(file, name), name)
     if _storage_bytes(tensors) > size:
         raise FileFormatError(f"{name}: its tensors claim more bytes than the file holds")
-    archive.check((as_bytes(torch.empty(0, dtype=torch.uint8).set_(each)) for each in _storages(tensors)), name)
+    archive.check(
+        (as_bytes(torch.empty(0, dtype=torch.uint8, device="cpu").set_(each)) for each in _storages(tensors)), name
+    )
     return tensors
 
 

@@ -324,7 +324,7 @@ STRANGE: dict[str, Hostile] = {
     ),
     "another optimizer": readable(put("training", "optimizers", "", "class", value="os:system"), "system"),
     "options of another type": readable(
-        put("training", "optimizers", "", "groups", 0, "options", value={"dict": [["lr", "nan"]]}), "lr is a str"
+        put("training", "optimizers", "", "groups", 0, "options", value={"dict": [["lr", "nan"]]}), "lr is of type str"
     ),
     "columns that are NaN": readable(elements(BASE, b"\0\0\xc0\x7f"), "are damaged", verify="off their constraint"),
     "columns that are zero": readable(elements(BASE, b"\0"), "are damaged", verify="off their constraint"),

@@ -85,6 +85,36 @@ class Codec(Protocol):
         """
 
 
+class OneVersion:
+    """What a codec has of which there has been one version."""
+
+    kind: str
+
+    def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
+        """There is one version.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(f"{self.kind}: no version {from_version} is known")
+
+
+class Unconstrained:
+    """What a codec has that knows of no constraint to hold a computed tensor to."""
+
+    def residual(self, weight: Tensor) -> float | None:
+        """None: there is nothing to measure."""
+        return None
+
+    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
+        """Nothing can be said against a weight."""
+        return True
+
+    def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
+        """The weight itself."""
+        return weight
+
+
 @runtime_checkable
 class MeasuredByConfig(Protocol):
     """A codec whose constraint depends on its configuration, as a sphere does on its radius."""

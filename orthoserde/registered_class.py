@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch, json_values
-from orthoserde.codec import own_tensors
+from orthoserde.codec import Unconstrained, own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 
@@ -23,7 +23,7 @@ _CAPTURED = "_orthoserde_captured"
 _WRAPPED = "_orthoserde_wrapped"
 
 
-class RegisteredClass:
+class RegisteredClass(Unconstrained):
     """The codec of a class that :meth:`Registry.register` decorated."""
 
     def __init__(self, cls: type[nn.Module], kind: str, version: int) -> None:
@@ -93,18 +93,6 @@ class RegisteredClass:
     ) -> str | None:
         """Nothing is known of the shapes that a user's class wants."""
         return None
-
-    def residual(self, weight: Tensor) -> float | None:
-        """A user's constraint is not known."""
-        return None
-
-    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
-        """A user's constraint is not known, so nothing can be said against a weight."""
-        return True
-
-    def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
-        """The weight itself: a user's constraint is not known."""
-        return weight
 
     def recovers(self, config: Mapping[str, JSON]) -> bool:
         """No: the inverse of a user's class is not known."""

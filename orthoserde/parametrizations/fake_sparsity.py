@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import own_tensors
+from orthoserde.codec import OneVersion, Unconstrained, own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import FAKE_SPARSITY
 
 
-class FakeSparsityCodec:
+class FakeSparsityCodec(OneVersion, Unconstrained):
     """Codec of torch's sparsity mask: ``weight = mask * original``.
 
     Shapes: ``mask`` is that of the weight; its dtype is the sparsifier's choice, and is kept. The class gives an empty
@@ -71,18 +71,6 @@ class FakeSparsityCodec:
             return f"expected one original and a mask of its shape, got {dict(originals)} and {dict(roles)}"
         return None
 
-    def residual(self, weight: Tensor) -> float | None:
-        """Without the mask there is no telling which entries have to be zero."""
-        return None
-
-    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
-        """Without the mask nothing can be said against a weight."""
-        return True
-
-    def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
-        """The weight itself."""
-        return weight
-
     def recovers(self, config: Mapping[str, JSON]) -> bool:
         """No: an entry that is zero by chance and one that is masked look alike."""
         return False
@@ -94,10 +82,6 @@ class FakeSparsityCodec:
             ConfigError: Always.
         """
         raise ConfigError(f"{self.kind}: a computed weight does not say which of its zeros are masked")
-
-    def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
-        """There is one version."""
-        raise ConfigError(f"{self.kind}: no version {from_version} is known")
 
 
 def for_type(cls: type[nn.Module]) -> FakeSparsityCodec | None:

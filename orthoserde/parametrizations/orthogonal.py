@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import own_tensors
+from orthoserde.codec import OneVersion, own_tensors
 from orthoserde.completion import complete
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
@@ -26,7 +26,7 @@ LARGEST_ROUNDING = 1000.0
 MEAN_ROUNDING = 30.0
 
 
-class OrthogonalCodec:
+class OrthogonalCodec(OneVersion):
     """Codec of torch's orthogonal parametrization: ``weight = base @ map(original)``.
 
     Shapes: ``weight`` and ``original`` are ``(..., n, k)``; ``base``, present with trivialization, is ``(..., m, m)``
@@ -150,10 +150,6 @@ class OrthogonalCodec:
         with torch.no_grad():
             inverse = cast("Callable[[Tensor], Tensor]", self.build(config, weight).right_inverse)
             return {"original": inverse(weight)}
-
-    def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
-        """There is one version."""
-        raise ConfigError(f"{self.kind}: no version {from_version} is known")
 
 
 def default_map(weight: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import own_tensors
+from orthoserde.codec import OneVersion, own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import SPECTRAL_NORM
@@ -22,7 +22,7 @@ MOST_ITERATIONS = 1_000_000
 SIGMA_ROUNDING = 100 * torch.finfo(torch.float32).eps
 
 
-class SpectralNormCodec:
+class SpectralNormCodec(OneVersion):
     """Codec of torch's spectral normalisation: ``weight = original / sigma``, sigma estimated by the power method.
 
     Shapes: ``original`` is that of the weight; ``_u`` and ``_v`` are vectors as long as the rows and columns of the
@@ -176,10 +176,6 @@ class SpectralNormCodec:
         matrix = wide.movedim(int(cast("int", config["dim"])), 0).flatten(1)
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, 0], float(sigma[0]), right[0].conj()
-
-    def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
-        """There is one version."""
-        raise ConfigError(f"{self.kind}: no version {from_version} is known")
 
 
 def _turned(vector: Tensor, cosine: float) -> Tensor:

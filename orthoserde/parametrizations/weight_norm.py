@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
+from orthoserde.codec import OneVersion, Unconstrained
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import WEIGHT_NORM
 
 
-class WeightNormCodec:
+class WeightNormCodec(OneVersion, Unconstrained):
     """Codec of torch's weight normalisation: ``weight = original0 * original1 / norm(original1)``.
 
     Shapes: ``original1`` (the direction) is that of the weight, ``original0`` (the magnitude) has size 1 in every
@@ -76,18 +77,6 @@ class WeightNormCodec:
             return f"expected a magnitude of the shape {magnitude}, got {list(originals['original0'])}"
         return None
 
-    def residual(self, weight: Tensor) -> float | None:
-        """Every weight is the norm and direction of itself: there is no constraint."""
-        return None
-
-    def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
-        """Every weight is admitted."""
-        return True
-
-    def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
-        """The weight itself."""
-        return weight
-
     def recovers(self, config: Mapping[str, JSON]) -> bool:
         """Always."""
         return True
@@ -102,7 +91,3 @@ class WeightNormCodec:
             # A direction of norm 0 is none: any other does, because its magnitude is 0.
             direction = torch.where(norm == 0, torch.ones_like(weight), weight)
         return {"original0": norm, "original1": direction}
-
-    def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
-        """There is one version."""
-        raise ConfigError(f"{self.kind}: no version {from_version} is known")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import own_tensors
+from orthoserde.codec import OneVersion, own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.integrations.geotorch.constraints import ROUNDING, SORTS
 from orthoserde.json_values import JSON
@@ -28,7 +28,7 @@ FUNCTIONS = ("softplus", "sin", "tanh", "scaled_sigmoid")
 _BATCH = 1
 
 
-class GeotorchCodec:
+class GeotorchCodec(OneVersion):
     """Codec of one of geotorch's constraints.
 
     Shapes: of the weight, and of each original, ``size``; matrices are the last two dimensions, those with more columns
@@ -186,10 +186,6 @@ class GeotorchCodec:
             raise ConfigError(f"{self.kind}: its factors are not determined by the computed weight")
         with torch.no_grad():
             return self._sort.recover(weight, config)
-
-    def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
-        """There is one version."""
-        raise ConfigError(f"{self.kind}: no version {from_version} is known")
 
 
 def _names(originals: int) -> tuple[str, ...]:

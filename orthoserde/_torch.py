@@ -366,11 +366,6 @@ class NoticesCasts(nn.Module):
         return result
 
 
-def changes_of(tensor: Tensor) -> int | None:
-    """How often a tensor has been changed in place; None for one made in inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def forget_old_weight_norm(module: nn.Module, tensor_name: str) -> None:
     """Take off what ``parametrizations.weight_norm`` has registered on a module to load state dicts of the older hook.
 

@@ -3,8 +3,10 @@
 Note [Torn]
 A model that another thread trains while it is saved would be stored half before a step and half after it, without any
 error. Torch counts how often a tensor is written to in place, whoever holds it; whoever has read all tensors of a
-captured checkpoint compares the counts with those of its capture before the result is taken for whole. What is written
-through ``tensor.data`` or through NumPy is not counted, and a save that lies within one step altogether is not seen.
+captured checkpoint compares the counts with those of its capture before the result is taken for whole. Torch counts
+when an operation has ended, and one that was at work while its tensor was read may end later: a file compares when its
+bytes are on the disk, which is the last moment at which it can be refused. What is written through ``tensor.data`` or
+through NumPy is not counted, and a save that lies within one operation altogether is not seen.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,23 @@ def test_a_tensor_that_changes_while_it_is_saved_is_named_and_the_previous_file_
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     orthoserde.save(model, path)  # nothing changes this time
     assert not orthoserde.verify(path).damaged
+
+
+@pytest.mark.parametrize("max_shard_size", [None, 300])
+def test_an_operation_that_ends_only_after_its_tensor_was_read_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: int | None
+) -> None:
+    """Torch counts a write when it has ended; until then a reader sees some of it, or all, and nothing is counted."""
+    model, sync = net(), os.fsync
+
+    def sync_and_end(descriptor: int) -> None:
+        sync(descriptor)
+        add_one(model, "1.bias")
+
+    monkeypatch.setattr(os, "fsync", sync_and_end)
+    with pytest.raises(TornSaveError, match=r"1\.bias changed while it was being saved"):
+        orthoserde.save(model, tmp_path / "model", max_shard_size=max_shard_size)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_optimizer_that_steps_while_it_is_saved_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,12 +76,12 @@ class Orthogonal(_torch.NoticesCasts):
         if columns is not None and columns.device.type != "meta":
             if not self._is_square:
                 self.vectors, self.factor = reflectors(columns)
-            self._settled = (columns, _torch.changes_of(columns))
+            self._settled = (columns, _torch.version_of(columns))
 
     @property
     def _is_settled(self) -> bool:
         known = self._settled
-        return known is not None and known[0] is self.columns and known[1] == _torch.changes_of(known[0])
+        return known is not None and known[0] is self.columns and known[1] == _torch.version_of(known[0])
 
     def after_cast(self) -> None:
         """Work them out anew for columns that a cast or move has made; a module without any yet waits for them."""

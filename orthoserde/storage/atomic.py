@@ -11,14 +11,19 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from orthoserde.errors import CommitUncertainError, FileAccessError
 from orthoserde.storage.leftovers import remove_leftovers_of, temporary_name, try_lock
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], mode: int | None = None, what: str = "checkpoint") -> Iterator[io.FileIO]:
+def replacing(
+    path: str | os.PathLike[str],
+    mode: int | None = None,
+    what: str = "checkpoint",
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[io.FileIO]:
     """Open a temporary file that becomes ``path`` when the block ends without an exception.
 
     A symbolic link is followed: the file it points to is replaced. The mode is that of the replaced file, or what the
@@ -28,6 +33,8 @@ def replacing(path: str | os.PathLike[str], mode: int | None = None, what: str =
         path: The file to create or replace.
         mode: Permission bits where no file is replaced.
         what: What the file is, for messages.
+        check: Called when the new bytes are on the disk, before they take the name; what it raises keeps the previous
+            file.
 
     Raises:
         FileAccessError: The system refused something; the previous file is untouched and no temporary file is left.
@@ -50,6 +57,7 @@ def replacing(path: str | os.PathLike[str], mode: int | None = None, what: str =
             set_mode(file.fileno(), mode)
             yield file
             os.fsync(file.fileno())
+        check()
         os.replace(temporary, name)
     except BaseException as error:
         with contextlib.suppress(OSError):

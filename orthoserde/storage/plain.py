@@ -47,7 +47,7 @@ def write_plain(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         )
     ordered = {name: forms[name] for name in storage_order(forms)}
     header = encode_header(ordered, {"format": "pt"})
-    with replacing(path) as file:
+    with replacing(path, check=checkpoint.check_unchanged) as file:
         write_all(file, memoryview(header))
         size = len(header)
         for name, form in ordered.items():
@@ -57,7 +57,6 @@ def write_plain(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
                 size += len(block)
             if size - start != byte_size(*form):
                 raise UnsupportedModuleError(f"{name}: its size changed while it was being saved")
-        checkpoint.check_unchanged()
     return size
 
 
@@ -76,10 +75,11 @@ def write_torch(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
     Raises:
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but perhaps not durably.
+        TornSaveError: A tensor of a live model changed meanwhile.
     """
     state: dict[str, Tensor] = {key: checkpoint.tensor(key) for key in checkpoint.manifest.tensors}
     state |= {alias: state[kept] for alias, kept in checkpoint.manifest.aliases.items()}
-    with replacing(path) as file:
+    with replacing(path, check=checkpoint.check_unchanged) as file:
         noting = _Noting(file)
         try:
             torch.save(state, cast("IO[bytes]", noting))

@@ -44,9 +44,8 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], mode: int | None
     manifest = dataclasses.replace(checkpoint.manifest, tensors=records)
     # Digests have a fixed width, so the header's size is known before they are: it is written last, in its place.
     header_bytes = len(file_header(with_digests(manifest, dict.fromkeys(records, NO_DIGEST))))
-    with replacing(path, mode) as file:
+    with replacing(path, mode, check=checkpoint.check_unchanged) as file:
         size, digests = write_tensors(file, checkpoint, records, header_bytes)
-        checkpoint.check_unchanged()
         write_header(file, file_header(with_digests(manifest, digests)), size)
     return size
 

@@ -57,7 +57,7 @@ def in_place() -> None:
     """The previous file is written over."""
 
     @contextlib.contextmanager
-    def replacing(path: Any, mode: int | None = None) -> Iterator[io.FileIO]:
+    def replacing(path: Any, mode: int | None = None, check: Any = None) -> Iterator[io.FileIO]:
         try:
             with open(path, "w+b", buffering=0) as file:
                 yield file

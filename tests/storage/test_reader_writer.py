@@ -10,7 +10,7 @@ import re
 import struct
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -218,7 +218,7 @@ def test_a_system_that_takes_few_bytes_at_a_time_gets_all_of_them(small: Path, m
     file = ReluctantFile()
 
     @contextlib.contextmanager
-    def reluctant(path: Path, mode: int | None) -> Iterator[ReluctantFile]:
+    def reluctant(path: Path, mode: int | None, check: Callable[[], None]) -> Iterator[ReluctantFile]:
         yield file
 
     monkeypatch.setattr(writer, "replacing", reluctant)

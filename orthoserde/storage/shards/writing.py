@@ -118,7 +118,6 @@ def _write(
     try:
         targets = [os.path.join(standing.folder, name) for name in shard_names(len(groups), "")]
         shards = [_stage(checkpoint, *pair, standing.mode, staged) for pair in zip(groups, targets, strict=True)]
-        checkpoint.check_unchanged()
         digests = {key: digest for shard in shards for key, digest in shard.digests.items()}
         ordered = dataclasses.replace(checkpoint.manifest, tensors=in_storage_order(checkpoint.manifest.tensors))
         manifest = with_digests(ordered, digests)
@@ -128,6 +127,7 @@ def _write(
         text = encode_index(manifest, {key: name for name, group in zip(names, groups, strict=True) for key in group})
         for shard, header in zip(shards, headers, strict=True):
             _finish(shard, header)
+        checkpoint.check_unchanged()
         for name, shard in zip(names, shards, strict=True):
             target = os.path.join(standing.folder, name)
             fresh = not os.path.lexists(target)

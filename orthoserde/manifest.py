@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orthoserde import tensor_bytes
-from orthoserde.errors import FileFormatError, legible_name
+from orthoserde.errors import FileFormatError
 from orthoserde.json_values import JSON
 from orthoserde.training_record import PREFIX, TrainingRecord
+from orthoserde.wording import legible_name
 
 #: The format version that this package writes, and the highest that it reads.
 FORMAT_VERSION = 1

@@ -69,6 +69,8 @@ FLOORS = {
 #: Arrows between rooms on one floor; each points one way.
 SIDEWAYS = {
     ("_torch", "errors"),
+    ("errors", "wording"),
+    ("manifest", "wording"),
     ("json_values", "errors"),
     ("manifest", "errors"),
     ("reports", "errors"),

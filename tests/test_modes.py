@@ -72,9 +72,9 @@ def test_no_call_of_torch_takes_a_detour_where_the_cpu_is_the_default(
     detours: list[object] = []
 
     class Counting(torch.utils._device.DeviceContext):
-        def __torch_function__(self, func: object, *rest: object) -> object:  # type: ignore[override]
+        def __torch_function__(self, func: object, *rest: object) -> object:
             detours.append(func)
-            return super().__torch_function__(func, *rest)
+            return super().__torch_function__(func, *rest)  # type: ignore[no-untyped-call]
 
     monkeypatch.setattr(torch.utils._device, "DeviceContext", Counting)
     model = orthogonal(nn.Linear(8, 4))

@@ -13,7 +13,7 @@ from orthoserde.manifest import Manifest, ParametrizedRecord, TensorRecord, join
 from orthoserde.names import hook_prefixes, local_names, parts_by_prefix, prefixes_in, prefixes_of, tensor_names
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
-from orthoserde.reports import RESTORED, Fidelity, shorten
+from orthoserde.reports import RESTORED, Fidelity
 from orthoserde.restore.attach import Attachment, build_links
 from orthoserde.restore.compare import compare_chain, compare_module, contradiction, kinds_of
 from orthoserde.restore.places import Owner, Place, same_layout
@@ -28,6 +28,7 @@ from orthoserde.tensor_bytes import (
     storage_of,
 )
 from orthoserde.walk import Inventory, ParametrizedTensor, Slot, identity, take_inventory
+from orthoserde.wording import shorten
 
 
 def make_plan(

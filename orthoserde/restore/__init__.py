@@ -19,6 +19,7 @@ from orthoserde.errors import (
     Problem,
     TrainingTrapWarning,
 )
+from orthoserde.manifest.training import TrainingRecord
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity, LoadReport, TensorReport
@@ -30,7 +31,6 @@ from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
 from orthoserde.training import NOTHING, Targets, plan_training
-from orthoserde.training_record import TrainingRecord
 from orthoserde.transforms import expand
 from orthoserde.walk import ParametrizedTensor, take_inventory
 from orthoserde.wording import one_line, shorten

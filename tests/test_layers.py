@@ -33,7 +33,6 @@ FLOORS = {
     "transforms": 2,
     "charts": 3,
     "baking": 3,
-    "rechart": 3,
     "probe": 2,
     "traps": 3,
     "walk": 2,

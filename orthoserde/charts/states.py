@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orthoserde import _torch
+from orthoserde.charts.turn import Turn
 from orthoserde.errors import Problem
-from orthoserde.rechart.turn import Turn
 from orthoserde.tensor_bytes import may_overlap
 from orthoserde.wording import shorten
 

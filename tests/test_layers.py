@@ -43,7 +43,6 @@ FLOORS = {
     "audit": 3,
     "comparison": 3,
     "conversion": 4,
-    "distances": 1,
     "opening": 4,
     "outline": 1,
     "plots": 4,

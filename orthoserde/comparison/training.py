@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orthoserde import distances
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.comparison import distances
+from orthoserde.comparison.distances import Distance
 from orthoserde.comparison.report import Pair
-from orthoserde.distances import Distance
 from orthoserde.json_values import JSON, same
 from orthoserde.manifest.training import TrainingRecord
 

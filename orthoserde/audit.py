@@ -14,11 +14,12 @@ from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord,
 from orthoserde.parametrizations import is_built_in
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.probe import off_orthonormal
-from orthoserde.recompute import Link, Misfit, NotComputable, dry_weight_of, one_line, resolve, weight_of
+from orthoserde.recompute import Link, Misfit, NotComputable, dry_weight_of, resolve, weight_of
 from orthoserde.registry import Registry
 from orthoserde.reports import VerifyReport
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 from orthoserde.transforms import expand
+from orthoserde.wording import one_line
 
 #: An intermediate result may have this many bytes, or as many as the file holds if these are more (see Note [Dry run]):
 #: a float32 matrix of 4096 rows, whose exponential takes seconds.

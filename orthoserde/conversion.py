@@ -16,10 +16,10 @@ from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
-from orthoserde.reports import shorten
 from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
 from orthoserde.watching import Progress, no_progress, watched
+from orthoserde.wording import shorten
 
 #: What a file can be converted to.
 Form = Literal["dense", "compact", "baked", "hooks", "torch", "pyreft", "pyreft-full"]

@@ -21,10 +21,10 @@ from orthoserde.errors import ConfigError, FileAccessError, MissingPackageError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
 from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
-from orthoserde.reports import printable
 from orthoserde.storage.atomic import replacing
 from orthoserde.storage.writer import write_all
 from orthoserde.transforms import expand
+from orthoserde.wording import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,6 +29,7 @@ from orthoserde.parametrizations import codec_for_kind, is_built_in
 from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import DTYPES
+from orthoserde.wording import one_line
 
 
 class NotComputable(Exception):  # noqa: N818  # an answer, not an error
@@ -114,12 +115,6 @@ def dry_weight_of(checkpoint: Checkpoint, record: ParametrizedRecord, links: Seq
     return _compute(
         record, links, functools.partial(_meta_tensor, checkpoint), functools.partial(_dry_run, limit=limit)
     )
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _check_stored(checkpoint: Checkpoint, record: ParametrizedRecord, limit: int) -> None:

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from orthoserde.errors import SHOWN_CHARACTERS, legible_name
-from orthoserde.wording import counted
+from orthoserde.wording import SHOWN_CHARACTERS, counted, legible_name, printable, shorten
+
+#: ``str`` of a report lists this many things of a sort.
+SHOWN = 20
+
+#: What is done with a parametrized tensor when nothing out of the ordinary is.
+RESTORED = "restored in place"
 
 
 class Fidelity(enum.IntEnum):
@@ -156,9 +161,9 @@ class LoadReport:
         if self.training:
             lines.append(f"  training state: {self.training}")
         notable = _notable(self.tensors)
-        lines += [f"  {report.name}: {report.fidelity}, {report.action}" for report in notable[:20]]
-        if len(notable) > 20:
-            lines.append(f"  ... and {len(notable) - 20} more (see the tensors attribute)")
+        lines += [f"  {report.name}: {report.fidelity}, {report.action}" for report in notable[:SHOWN]]
+        if len(notable) > SHOWN:
+            lines.append(f"  ... and {len(notable) - SHOWN} more (see the tensors attribute)")
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(legible_name(line, SHOWN_CHARACTERS) for line in lines)
 
@@ -223,11 +228,11 @@ class VerifyReport:
     def __str__(self) -> str:
         lines = [f"verified {printable(self.path)}: {self.verdict}", f"  {self.integrity}"]
         if self.damaged:
-            lines.append(f"  damaged: {printable(shorten(self.damaged))}")
+            lines.append(f"  damaged: {shorten(self.damaged)}")
         if self.residuals:
             lines.append(f"  {self.constraints}")
         if self.off_constraint:
-            lines.append(f"  off their constraint: {printable(shorten(self.off_constraint))}")
+            lines.append(f"  off their constraint: {shorten(self.off_constraint)}")
         for label, reasons in (("does not fit", self.misfits), ("not measured", self.not_measured)):
             lines += [f"  {printable(name)}: {label}: {printable(why)}" for name, why in list(reasons.items())[:SHOWN]]
             if len(reasons) > SHOWN:
@@ -384,21 +389,3 @@ def _notable(tensors: Mapping[str, TensorReport]) -> list[TensorReport]:
     """The parametrized tensors of which more is to be said than that they were restored exactly and in place."""
     ranked = sorted(tensors.values(), key=lambda report: report.fidelity)
     return [report for report in ranked if report.fidelity < Fidelity.EXACT or report.action != RESTORED]
-
-
-#: ``str`` of a report lists this many things of a sort.
-SHOWN = 20
-
-#: What is done with a parametrized tensor when nothing out of the ordinary is.
-RESTORED = "restored in place"
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would obey instead of show: names in the files of strangers may hold anything."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def shorten(names: list[str] | tuple[str, ...], most: int = 5) -> str:
-    """Join names for a message, the first few of them; they may be those of a stranger."""
-    shown = ", ".join(map(legible_name, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

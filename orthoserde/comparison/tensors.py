@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from orthoserde import audit, distances
+from orthoserde import audit
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.comparison import distances
+from orthoserde.comparison.distances import Distance
 from orthoserde.comparison.report import PLAIN, Pair, TensorDifference
-from orthoserde.distances import Distance
 from orthoserde.json_values import JSON, differences
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED, ParametrizedRecord, TensorRecord, join
 from orthoserde.recompute import Misfit, NotComputable

@@ -19,10 +19,10 @@ from orthoserde.errors import (
     Problem,
     TrainingTrapWarning,
 )
+from orthoserde.manifest.training import TrainingRecord
 from orthoserde.parametrizations.structured import Orthogonal
-from orthoserde.recompute import one_line
 from orthoserde.registry import Registry
-from orthoserde.reports import Fidelity, LoadReport, TensorReport, shorten
+from orthoserde.reports import Fidelity, LoadReport, TensorReport
 from orthoserde.restore.apply import apply
 from orthoserde.restore.baked import bake_bare
 from orthoserde.restore.check import check_bases, check_digests, check_ties
@@ -31,9 +31,9 @@ from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
 from orthoserde.training import NOTHING, Targets, plan_training
-from orthoserde.training_record import TrainingRecord
 from orthoserde.transforms import expand
 from orthoserde.walk import ParametrizedTensor, take_inventory
+from orthoserde.wording import one_line, shorten
 
 
 def restore(

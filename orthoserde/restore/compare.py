@@ -19,7 +19,7 @@ from orthoserde.reports import Fidelity
 from orthoserde.walk import ParametrizedTensor
 
 #: A message shows a list whole up to this many characters.
-SHOWN_CHARACTERS = 60
+SHOWN_OF_A_LIST = 60
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _compare_config(
 def _shown(value: JSON) -> str:
     """A value for a message: lists are counted and not shown if they are long."""
     text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS or not isinstance(value, list) else f"a list of {len(value)}"
+    return text if len(text) <= SHOWN_OF_A_LIST or not isinstance(value, list) else f"a list of {len(value)}"
 
 
 def kinds_of(record: ParametrizedRecord) -> str:

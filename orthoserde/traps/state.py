@@ -27,6 +27,7 @@ from orthoserde.registry import Registry
 from orthoserde.reports import Finding, Severity
 from orthoserde.tensor_bytes import DTYPES, ORTHONORMAL_DTYPES, row_blocks
 from orthoserde.walk import Inventory, ParametrizedTensor
+from orthoserde.wording import one_line
 
 #: The dtypes in which torch makes matrices with orthonormal columns.
 _FINE = frozenset(DTYPES[name] for name in ORTHONORMAL_DTYPES)
@@ -222,8 +223,7 @@ def _weight(tensor: ParametrizedTensor, registry: Registry) -> Iterator[Finding]
         residual = residual_of(codec, weight, config) if finite else None
         admitted = not finite or config is None or codec.admits(weight, config)
     except Exception as error:  # whatever a user's codec raises, or torch for a dtype that an operation lacks
-        lines = str(error).strip().splitlines() or [""]
-        text = f"its weight cannot be computed here: {type(error).__name__}: {lines[0][:200]}"
+        text = f"its weight cannot be computed here: {type(error).__name__}: {one_line(error)}"
         yield Finding(tensor.name, Severity.NOTICE, "not-measured", text, "read the weight yourself to see why")
         return
     if not finite:

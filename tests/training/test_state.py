@@ -24,8 +24,8 @@ import orthoserde
 from orthoserde import ConfigError, IncompatibleModelError, storage
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.manifest import TensorRecord
+from orthoserde.manifest.training import GroupRecord, OptimizerRecord, StateRecord
 from orthoserde.training.entries import ENTRIES, odd_entry
-from orthoserde.training_record import GroupRecord, OptimizerRecord, StateRecord
 from tests.helpers import assert_unchanged, flip_bit, same_bits, snapshot
 from tests.training.cases import Lion
 

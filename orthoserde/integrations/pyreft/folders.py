@@ -63,11 +63,11 @@ from orthoserde.names import tensor_names
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.parametrizations.orthogonal import default_map
 from orthoserde.registry import Registry
-from orthoserde.reports import shorten
 from orthoserde.restore import Legacy
 from orthoserde.scope import adapter_paths, is_below, scope_of
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, take_inventory
+from orthoserde.wording import shorten
 
 #: Names within an intervention: of the rotation, of its computed weight, and of its state.
 ROTATION = "rotate_layer"

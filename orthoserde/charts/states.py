@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orthoserde import _torch
+from orthoserde.charts.turn import Turn
 from orthoserde.errors import Problem
-from orthoserde.rechart.turn import Turn
-from orthoserde.reports import shorten
 from orthoserde.tensor_bytes import may_overlap
+from orthoserde.wording import shorten
 
 MOMENTUM = "momentum_buffer"
 

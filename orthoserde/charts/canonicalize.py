@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde import _torch
-from orthoserde.rechart.apply import carry_out
-from orthoserde.rechart.plan import make_plan
-from orthoserde.rechart.states import optimizers_of
+from orthoserde.charts.apply import carry_out
+from orthoserde.charts.plan import make_plan
+from orthoserde.charts.states import optimizers_of
 from orthoserde.reports import CanonicalizeReport
 
 
@@ -61,7 +61,7 @@ def canonicalize_(
           weight: its base is canonical now
 
     Source: torch/nn/utils/parametrizations.py, ``_Orthogonal`` (torch 2.13); Note [Change of chart] in
-    orthoserde/rechart/turn.py; Note [Equivariant optimizers] in orthoserde/rechart/states.py.
+    orthoserde/charts/turn.py; Note [Equivariant optimizers] in orthoserde/charts/states.py.
     """
     optimizers = optimizers_of(optimizer)
     with _torch.undisturbed(), torch.no_grad():

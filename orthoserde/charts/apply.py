@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from orthoserde import _torch
+from orthoserde.charts.plan import Change
+from orthoserde.charts.states import Reset
+from orthoserde.charts.survey import CODEC, Chart
+from orthoserde.charts.turn import turning
 from orthoserde.completion import row_parts
-from orthoserde.rechart.plan import Change
-from orthoserde.rechart.states import Reset
-from orthoserde.rechart.survey import CODEC, Chart
-from orthoserde.rechart.turn import turning
 from orthoserde.reports import ChartReport
 from orthoserde.tensor_bytes import column_major_strides
 

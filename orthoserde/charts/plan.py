@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from orthoserde.charts.states import Reset, States, holds, states_of
+from orthoserde.charts.survey import Chart, Place, Survey, gradient_obstacle, place_of_original, survey
+from orthoserde.charts.turn import Turn
 from orthoserde.errors import CanonicalizeError, Problem
-from orthoserde.rechart.states import Reset, States, holds, states_of
-from orthoserde.rechart.survey import Chart, Place, Survey, gradient_obstacle, place_of_original, survey
-from orthoserde.rechart.turn import Turn
 from orthoserde.reports import ChartReport
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from orthoserde.json_values import JSON
-from orthoserde.state_tree import keys_in
+from orthoserde.manifest.trees import keys_in
 from orthoserde.wording import counted
 
 #: What keys of training state begin with. No tensor of a model can have such a key.

@@ -17,7 +17,7 @@ from torch import Tensor
 from orthoserde import json_values
 from orthoserde.errors import ConfigError, FileFormatError
 from orthoserde.json_values import JSON
-from orthoserde.state_tree import MAX_LEVELS, decode_tree, encode_tree, keys_in
+from orthoserde.manifest.trees import MAX_LEVELS, decode_tree, encode_tree, keys_in
 
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(st.characters(codec="utf-8"))

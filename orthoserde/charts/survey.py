@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
+from orthoserde.charts.turn import misfit, turning
 from orthoserde.checkpoint import LiveTensor
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.json_values import JSON
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec, initial_original
 from orthoserde.parametrizations.structured import Orthogonal
-from orthoserde.rechart.turn import misfit, turning
 from orthoserde.reports import ChartReport
 from orthoserde.tensor_bytes import (
     ORTHONORMAL_DTYPES,

@@ -11,7 +11,7 @@ from typing import cast
 from orthoserde import tensor_bytes
 from orthoserde.errors import FileFormatError, FormatVersionError
 from orthoserde.json_values import JSON
-from orthoserde.manifest import (
+from orthoserde.manifest.records import (
     COLUMNS,
     DENSE,
     FORMAT_VERSION,
@@ -22,9 +22,9 @@ from orthoserde.manifest import (
     ParametrizationRecord,
     ParametrizedRecord,
     TensorRecord,
-    check_references,
 )
-from orthoserde.training_record import GroupRecord, OptimizerRecord, StateRecord, TrainingRecord
+from orthoserde.manifest.references import check_references
+from orthoserde.manifest.training import GroupRecord, OptimizerRecord, StateRecord, TrainingRecord
 
 
 def encode_manifest(manifest: Manifest) -> JSON:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,6 +67,7 @@ def same(left: object, right: object) -> bool:
     return left == right
 
 
+@settings(deadline=None)
 @given(TREES)
 def test_a_tree_comes_back_as_it_was(tree: object) -> None:
     assert same(there_and_back(tree), tree)

@@ -70,7 +70,7 @@ class SaveReport:
 
     def __str__(self) -> str:
         lines = [
-            f"saved {self.path}: {counted(self.tensors, 'tensor')}, "
+            f"saved {printable(self.path)}: {counted(self.tensors, 'tensor')}, "
             f"{counted(self.parametrized, 'weight')} parametrized, {self.file_bytes} bytes"
         ]
         if self.training:
@@ -152,7 +152,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [
-            f"loaded {self.path}: {self.fidelity}, {counted(self.loaded, 'tensor')}, "
+            f"loaded {printable(self.path)}: {self.fidelity}, {counted(self.loaded, 'tensor')}, "
             f"{counted(len(self.tensors), 'weight')} parametrized"
         ]
         for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):

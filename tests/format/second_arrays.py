@@ -1,6 +1,10 @@
 """Arrays of the second reader: dtypes and strides, and the canonical completion of docs/reference/file-format.md."""
 
+from typing import Any, TypeAlias
+
 import numpy as np
+
+Array: TypeAlias = Any
 
 # By dtype: its code in the container, and what numpy calls it. Of what numpy lacks, the bits are read as integers.
 DTYPES = {
@@ -13,10 +17,10 @@ DTYPES = {
 }
 
 
-def laid_out(values, stride):
+def laid_out(values: Array, stride: list[int]) -> Array:
     """A copy of the values with these strides if they are dense, else row-major."""
     steps = sorted((step, size) for step, size in zip(stride, values.shape, strict=True) if size != 1)
-    if [step for step, _ in steps] != np.cumprod([1, *(size for _, size in steps)])[:-1].tolist():
+    if values.size and [step for step, _ in steps] != np.cumprod([1, *(size for _, size in steps)])[:-1].tolist():
         return values.copy()
     memory = np.empty(values.size, values.dtype)
     array = np.lib.stride_tricks.as_strided(memory, values.shape, [step * values.itemsize for step in stride])
@@ -24,7 +28,7 @@ def laid_out(values, stride):
     return array
 
 
-def array_of(stored, dtype, shape, stride):
+def array_of(stored: bytes, dtype: str, shape: list[int], stride: list[int]) -> Array:
     """The tensor whose bytes in the file are these."""
     return laid_out(np.frombuffer(stored, DTYPES[dtype][1]).reshape(shape), stride)
 
@@ -32,26 +36,26 @@ def array_of(stored, dtype, shape, stride):
 # A number is its parts, one if it is real and two if it is complex: the first axis of every array below.
 
 
-def parts_of(values):
+def parts_of(values: Array) -> Array:
     return np.stack([values.real, values.imag] if np.iscomplexobj(values) else [values]).astype(np.float64)
 
 
-def times(x, y):
+def times(x: Array, y: Array) -> Array:
     if len(x) == 1:
         return x * y
     (a, b), (c, d) = x, y
     return np.stack([a * c - b * d, a * d + b * c])
 
 
-def conj(x):
+def conj(x: Array) -> Array:
     return x if len(x) == 1 else np.stack([x[0], -x[1]])
 
 
-def squared(x):
+def squared(x: Array) -> Array:
     return x[0] * x[0] if len(x) == 1 else x[0] * x[0] + x[1] * x[1]
 
 
-def tree_sum(x, axis):
+def tree_sum(x: Array, axis: int) -> Array:
     """The tree sum along an axis, counted from the last: -1 or -2."""
     x = np.moveaxis(x, axis, 0)
     while len(x) > 1:
@@ -60,7 +64,7 @@ def tree_sum(x, axis):
     return x[0] if len(x) else np.zeros(x.shape[1:])
 
 
-def completion(w):
+def completion(w: Array) -> Array:
     """U(W) of W, (n, k): the other n - k columns of the product of its Householder reflectors."""
     n, k = w.shape
     a = parts_of(w)
@@ -92,7 +96,7 @@ def completion(w):
     return (u[0] if len(u) == 1 else np.stack([*u], axis=-1).view("c16")[..., 0]).astype(w.dtype)
 
 
-def base_of(columns):
+def base_of(columns: Array) -> Array:
     """The base [W | U(W)], column-major, of the columns W: (..., n, k)."""
     whole = [np.concatenate([w, completion(w)], axis=1) for w in columns.reshape(-1, *columns.shape[-2:])]
     n = columns.shape[-2]

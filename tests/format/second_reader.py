@@ -7,7 +7,7 @@ How a tensor lies in memory, and what base stands behind columns, is in `second_
 import json
 import re
 from collections import Counter, OrderedDict
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest as digest_of
@@ -15,7 +15,7 @@ from xxhash import xxh3_128_hexdigest as digest_of
 from tests.format.second_arrays import DTYPES, array_of
 
 
-def parse(text):
+def parse(text: str) -> Any:
     """The value of a JSON text. What else is not canonical in it shows when the header is compared."""
     marks = re.sub(r'"(?:[^"\\]|\\.)*"|[^\[\]{},]', "", text, flags=re.DOTALL)
     assert len(re.sub(r"[\]}]", "", marks)) <= 4_194_304, "JSON of too many values"
@@ -23,11 +23,11 @@ def parse(text):
     return json.loads(text, parse_int=lambda digits: np.int64(digits).item())
 
 
-def canonical(value, sort_keys=True):
+def canonical(value: Any, sort_keys: bool = True) -> str:
     return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def check(manifest):
+def check(manifest: dict[str, Any]) -> None:
     """Refuses what a later version may have added."""
     assert manifest["version"] == 1, "an unknown version"
     records, training = manifest["parametrized"], manifest["training"] or {"optimizers": {}, "rng": None, "state": {}}
@@ -49,7 +49,7 @@ def check(manifest):
     assert used <= {"xxh3-128", "dense", "columns", "hook"}, "an unknown digest or encoding"
 
 
-def header_of(manifest):
+def header_of(manifest: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """The header that follows from a manifest, as a value and, behind its length, in bytes."""
     text, tensors, stop = canonical(manifest), manifest["tensors"], 0
     envelope = f'{{"digest":"{digest_of(text.encode())}","manifest":{text}}}'
@@ -64,7 +64,7 @@ def header_of(manifest):
     return header, len(encoded).to_bytes(8, "little") + encoded
 
 
-def python(tree, tensors):
+def python(tree: Any, tensors: dict[str, Any]) -> Any:
     """What a tree of the training state stands for."""
     if not isinstance(tree, dict):
         return [python(item, tensors) for item in tree] if isinstance(tree, list) else tree
@@ -72,13 +72,14 @@ def python(tree, tensors):
     dicts = {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}
     if sort in dicts:
         return dicts[sort]({python(key, tensors): python(item, tensors) for key, item in value})
-    return {"tensor": tensors.get, "float": float, "tuple": lambda items: tuple(python(items, tensors))}[sort](value)
+    makers: Any = {"tensor": tensors.__getitem__, "float": float, "tuple": lambda items: tuple(python(items, tensors))}
+    return makers[sort](value)
 
 
-def training_of(record, tensors):
+def training_of(record: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """The training state of a manifest, with what its trees stand for in their places."""
 
-    def trees(value, *fields):
+    def trees(value: dict[str, Any], *fields: str) -> dict[str, Any]:
         return value | {field: python(value[field], tensors) for field in fields}
 
     optimizers = {name: trees(each, "rest") for name, each in record["optimizers"].items()}
@@ -89,9 +90,8 @@ def training_of(record, tensors):
     return trees(record, "rng") | {"optimizers": optimizers, "state": state}
 
 
-def read(path):
+def read(content: bytes) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """The manifest, the tensors by every key that they have, and the training state."""
-    content = Path(path).read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
     assert begin <= min(len(content), 100_000_008), "a header cut short, or too long"
     envelope = parse(content[8:begin].decode())["__metadata__"]["orthoserde"]

@@ -21,6 +21,18 @@ class Codec(Protocol):
         type: The class, matched exactly: a subclass may hold more state.
         kind: Its name in files, ``"package>Name"``.
         version: Version of its configuration, from 1.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> registry = orthoserde.Registry()
+        >>> @registry.register("mylab>Shift", version=2)
+        ... class Shift(torch.nn.Module):
+        ...     def __init__(self, by: float):
+        ...         super().__init__()
+        ...         self.by = by
+        >>> codec = registry.for_kind("mylab>Shift")  # made by `register`; `Registry.add` takes one of your own
+        >>> isinstance(codec, orthoserde.Codec), codec.version, codec.config(Shift(by=1.5))
+        (True, 2, {'by': 1.5})
     """
 
     type: type[nn.Module]

@@ -49,6 +49,14 @@ class ConversionReport:
         tensors: Number of tensors that were written.
         left_dense: Orthogonal tensors whose base had to stay whole (``compact`` alone).
         notes: What else is to be known: what was left out, and what it takes to load it; one sentence each.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(orthoserde.orthogonal(torch.nn.Linear(8, 4)), f"{folder}/model.safetensors")
+        ...     report = orthoserde.convert(f"{folder}/model.safetensors", f"{folder}/plain.safetensors", "baked")
+        >>> report.form, report.tensors
+        ('baked', 2)
     """
 
     source: str

@@ -28,6 +28,17 @@ class Problem:
         kind: ``"missing"`` (the model has it, the file does not), ``"unexpected"`` (the other way round),
             ``"mismatch"`` (both have it and disagree), ``"unsupported"`` (it cannot be saved, restored or changed).
         text: What was expected, what was found, and what to do.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(torch.nn.Linear(3, 2), f"{folder}/model.safetensors")
+        ...     try:
+        ...         orthoserde.load(torch.nn.Linear(4, 2), f"{folder}/model.safetensors")
+        ...     except orthoserde.IncompatibleModelError as error:
+        ...         problems = error.problems
+        >>> [(problem.where, problem.kind) for problem in problems]
+        [('weight', 'mismatch')]
     """
 
     where: str
@@ -42,6 +53,14 @@ class OrthoserdeError(Exception):
     """Base of every error that orthoserde raises on purpose.
 
     Its text can be shown: the names that a file brings along cannot make a terminal do anything, nor fill it.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> try:
+        ...     orthoserde.load(torch.nn.Linear(2, 2), "no_such_file.safetensors")
+        ... except orthoserde.OrthoserdeError as error:
+        ...     print(type(error).__name__, isinstance(error, FileNotFoundError))
+        CheckpointNotFoundError True
     """
 
     def __str__(self) -> str:

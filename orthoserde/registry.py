@@ -58,6 +58,18 @@ class Registry:
 
         Raises:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.
+
+        Example:
+            >>> import torch, orthoserde
+            >>> @orthoserde.register("mylab>Scaled", version=1)
+            ... class Scaled(torch.nn.Module):
+            ...     def __init__(self, factor: float = 2.0):
+            ...         super().__init__()
+            ...         self.factor = factor
+            ...     def forward(self, weight):
+            ...         return self.factor * weight
+            >>> orthoserde.default_registry.for_kind("mylab>Scaled").config(Scaled(0.5))
+            {'factor': 0.5}
         """
         _check_kind(kind)
 

@@ -26,6 +26,11 @@ class Fidelity(enum.IntEnum):
 
     ``INFERENCE``: only the computed weight was there. Outputs are equal; training stays on the constraint, but starts
     afresh at that weight.
+
+    Example:
+        >>> import orthoserde
+        >>> orthoserde.Fidelity.EXACT > orthoserde.Fidelity.UNVERIFIED > orthoserde.Fidelity.INFERENCE
+        True
     """
 
     INFERENCE = 1
@@ -54,6 +59,13 @@ class SaveReport:
             would.
         compact: Parametrized tensors whose base is stored as its first columns.
         training: What training state was saved, in words; empty if none was.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = orthoserde.save(orthoserde.orthogonal(torch.nn.Linear(8, 4)), f"{folder}/model.safetensors")
+        >>> report.tensors, report.parametrized, report.compact
+        (3, 1, ('weight',))
     """
 
     path: str
@@ -97,6 +109,15 @@ class TensorReport:
         name: Dotted name, such as ``"layers.0.weight"``.
         fidelity: How faithfully it was restored.
         action: What was done, in words.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> model = orthoserde.orthogonal(torch.nn.Linear(8, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(model, f"{folder}/model.safetensors")
+        ...     report = orthoserde.load(model, f"{folder}/model.safetensors").tensors["weight"]
+        >>> str(report.fidelity), report.residual < 1e-5
+        ('EXACT', True)
     """
 
     name: str
@@ -128,6 +149,15 @@ class LoadReport:
         notes: What else the caller should know, one sentence each.
         state: Plain values of the training state in the file, by name, such as a step that was counted.
         training: What training state was loaded, in words; empty if none was.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(torch.nn.Linear(2, 2, bias=False), f"{folder}/model.safetensors")
+        ...     report = orthoserde.load(torch.nn.Linear(2, 2), f"{folder}/model.safetensors", strict=False)
+        >>> missing_keys, unexpected_keys = report
+        >>> missing_keys, report.loaded
+        (['bias'], 1)
     """
 
     path: str
@@ -184,6 +214,14 @@ class VerifyReport:
         misfits: Names of parametrized tensors whose stored state is not one that their recorded configuration can have,
             with why.
         not_measured: Names of parametrized tensors that cannot be computed from the file alone, with why.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(orthoserde.orthogonal(torch.nn.Linear(8, 4)), f"{folder}/model.safetensors")
+        ...     report = orthoserde.verify(f"{folder}/model.safetensors")
+        >>> report.ok, report.integrity
+        (True, '3 of 3 tensors match their digests')
     """
 
     path: str
@@ -252,6 +290,13 @@ class ChartReport:
             Exactly 0 where ``original`` has its initial value.
         rotated: What was rotated along: ``original``, its gradient, momentum of an optimizer.
         reset: Optimizer states that were removed, and start afresh.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> report = orthoserde.canonicalize_(orthogonal(torch.nn.Linear(8, 4))).tensors["weight"]
+        >>> report.canonicalized, report.weight_change
+        (True, 0.0)
     """
 
     name: str
@@ -268,6 +313,13 @@ class CanonicalizeReport:
 
     Attributes:
         tensors: What became of each tensor with torch's orthogonal parametrization, by name.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> model = torch.nn.Sequential(orthogonal(torch.nn.Linear(8, 4)), torch.nn.Linear(4, 2))
+        >>> orthoserde.canonicalize_(model).canonicalized
+        ('0.weight',)
     """
 
     tensors: Mapping[str, ChartReport]
@@ -303,6 +355,12 @@ class BakeReport:
     Attributes:
         tensors: What each plain tensor was computed by, in words, by name.
         parameters_replaced: Names of those that are new Parameter objects, which an earlier optimizer does not hold.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> print(orthoserde.bake_(orthoserde.orthogonal(torch.nn.Linear(8, 4))))
+        baked 1 tensor: plain now
+          weight: torch>orthogonal
     """
 
     tensors: Mapping[str, str]
@@ -326,6 +384,11 @@ class Severity(enum.IntEnum):
     ``WARNING``: training, or a resume, goes another way than one expects, or will under the stated condition.
 
     ``SERIOUS``: a weight is wrong now, or will be within a few steps.
+
+    Example:
+        >>> import orthoserde
+        >>> orthoserde.Severity.SERIOUS > orthoserde.Severity.WARNING > orthoserde.Severity.NOTICE
+        True
     """
 
     NOTICE = 1
@@ -372,6 +435,13 @@ class Finding:
         code: A short name of the trap, which stays the same from version to version.
         text: What is so, and what it leads to.
         remedy: What to do.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> model = orthoserde.orthogonal(torch.nn.Linear(8, 4))
+        >>> (finding,) = orthoserde.diagnose(model, torch.optim.AdamW(model.parameters()))
+        >>> finding.where, str(finding.severity), finding.code
+        ('weight', 'SERIOUS', 'weight-decay-householder')
     """
 
     where: str

@@ -198,6 +198,14 @@ class Manifest:
         writer: Versions of the libraries that wrote it, by name.
         training: Training state, whose tensors are among the stored ones; None where there is none.
         has_configuration: False for a file that some other library wrote: names, shapes and values are all it says.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(torch.nn.Linear(8, 4), f"{folder}/model.safetensors", metadata={"run": "7"})
+        ...     manifest = orthoserde.inspect(f"{folder}/model.safetensors")
+        >>> manifest.tensors["weight"].shape, manifest.nbytes, manifest.metadata
+        ((4, 8), 144, {'run': '7'})
     """
 
     tensors: Mapping[str, TensorRecord]

@@ -85,7 +85,7 @@ def convert(
     out: one base, or one weight. A file of ``torch.save`` or a folder of pyreft's takes as much as the whole.
 
     Args:
-        source: Whatever :func:`orthoserde.opening.open_checkpoint` opens.
+        source: Whatever :func:`orthoserde.verify` reads.
         target: The file to write, or the folder for the forms of pyreft.
         form: What is written:
             ``"dense"``, our file with whole bases;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.versions.write import NAMES, state_of, weights_of
 
 #: How far computed tensors may be apart, in units of eps of their dtype times their largest entry. Releases of torch
 #: sum in other orders; the largest seen is in docs/reference/versions.md.
-ROUNDING = 64.0
+ROUNDING = 16.0
 
 
 @dataclass
@@ -167,4 +168,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", orthoserde.TrainingTrapWarning)  # the values come from a formula, not from training
     sys.exit(main(Path(sys.argv[1])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy
@@ -61,4 +62,5 @@ def write(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", orthoserde.TrainingTrapWarning)  # the values come from a formula, not from training
     print(write(Path(sys.argv[1])))

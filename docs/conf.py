@@ -17,7 +17,7 @@ import orthoserde  # noqa: E402 - the package that stands beside these pages, wh
 
 project = "orthoserde"
 author = "The orthoserde maintainers"
-copyright = author  # noqa: A001 - the name is Sphinx's
+copyright = author
 version = release = orthoserde.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

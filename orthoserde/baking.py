@@ -12,7 +12,6 @@ from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 
 from orthoserde import _torch
 from orthoserde.errors import Problem, UnsupportedModuleError
-from orthoserde.evaluate import computed
 from orthoserde.integrations import in_process
 from orthoserde.manifest import join
 from orthoserde.names import prefixes_in, prefixes_of
@@ -22,6 +21,7 @@ from orthoserde.registration import unregister
 from orthoserde.registry import Registry
 from orthoserde.reports import BakeReport
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
+from orthoserde.weights.live import computed
 
 
 def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:

@@ -14,7 +14,6 @@ from orthoserde._version import __version__
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, LiveTensor, TensorSource
 from orthoserde.codec import Codec, own_tensors
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
-from orthoserde.evaluate import codecs_of, computed, spoken_for
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,
@@ -35,6 +34,7 @@ from orthoserde.scope import Select, scope_of
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
+from orthoserde.weights.live import codecs_of, computed, spoken_for
 
 
 def capture(

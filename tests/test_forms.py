@@ -20,9 +20,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import orthoserde
 from orthoserde import Fidelity, IncompatibleModelError, LegacyCheckpointWarning
-from orthoserde.evaluate import computed
 from orthoserde.registry import default_registry
 from orthoserde.walk import take_inventory
+from orthoserde.weights.live import computed
 from tests.helpers import assert_unchanged, same_bits, snapshot
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "forms.md"

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from orthoserde import _torch, evaluate
+from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.codec import current_config
 from orthoserde.errors import (
@@ -33,6 +33,7 @@ from orthoserde.restore.planner import make_plan
 from orthoserde.training import NOTHING, Targets, plan_training
 from orthoserde.transforms import expand
 from orthoserde.walk import ParametrizedTensor, take_inventory
+from orthoserde.weights import live
 from orthoserde.wording import one_line, shorten
 
 
@@ -133,7 +134,7 @@ def _settle(plan: Plan, registry: Registry) -> None:
 def _settle_hook(tensor: ParametrizedTensor, plan: Plan, registry: Registry) -> None:
     """Give a module the weight that its hook would compute in evaluation mode."""
     try:
-        vars(tensor.module)[tensor.tensor_name] = evaluate.computed(tensor, registry)
+        vars(tensor.module)[tensor.tensor_name] = live.computed(tensor, registry)
     except RuntimeError as error:  # torch has no such operation for these dtypes, nor will the hook have
         plan.notes.append(f"{tensor.name}: its state is loaded, and its weight cannot be computed: {one_line(error)}")
 
@@ -283,7 +284,7 @@ def _residual(module: nn.Module, tensor_name: str, registry: Registry) -> float 
     inventory = take_inventory(module)
     for tensor in (*inventory.parametrized, *inventory.hooked):
         if tensor.module is module and tensor.tensor_name == tensor_name:
-            return evaluate.residual(tensor, registry)
+            return live.residual(tensor, registry)
     return None
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 
 from orthoserde import _torch
-from orthoserde.evaluate import spoken_for
 from orthoserde.manifest import Manifest
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
@@ -17,6 +16,7 @@ from orthoserde.restore.plan import Plan
 from orthoserde.restore.table import Table
 from orthoserde.restore.tensors import match_tensors, match_ties
 from orthoserde.walk import Inventory
+from orthoserde.weights.live import spoken_for
 from orthoserde.wording import shorten
 
 

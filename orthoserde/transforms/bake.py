@@ -25,12 +25,12 @@ from orthoserde.manifest import (
 from orthoserde.names import parts_by_prefix, tensor_names
 from orthoserde.parametrizations import BUILT_IN_CODECS
 from orthoserde.parametrizations.hooks import power_method_error
-from orthoserde.recompute import Misfit, NotComputable, dry_weight_of, resolve, weight_of
 from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import contiguous_strides, dtype_name
 from orthoserde.transforms.canonical import expand
 from orthoserde.transforms.forms import NormedTensor, configs_of, normed_tensors
 from orthoserde.transforms.rewriting import keep_aliases
+from orthoserde.weights.stored import Misfit, NotComputable, dry_weight_of, resolve, weight_of
 from orthoserde.wording import counted
 
 #: Bytes that one stored tensor or intermediate result may have: a float32 base of 32,768 rows.

@@ -18,7 +18,6 @@ from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
 from orthoserde.codec import residual_of
-from orthoserde.evaluate import codecs_of, computed
 from orthoserde.names import prefixes_in, prefixes_of
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.probe import off_orthonormal
@@ -27,6 +26,7 @@ from orthoserde.registry import Registry
 from orthoserde.reports import Finding, Severity
 from orthoserde.tensor_bytes import DTYPES, ORTHONORMAL_DTYPES, row_blocks
 from orthoserde.walk import Inventory, ParametrizedTensor
+from orthoserde.weights.live import codecs_of, computed
 from orthoserde.wording import one_line
 
 #: The dtypes in which torch makes matrices with orthonormal columns.

@@ -31,6 +31,10 @@ from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.wording import one_line
 
+#: An intermediate result may have this many bytes, or as many as the file holds if these are more (see Note [Dry run]):
+#: a float32 matrix of 4096 rows, whose exponential takes seconds.
+SCRATCH_BYTES = 64 << 20
+
 
 class NotComputable(Exception):  # noqa: N818  # an answer, not an error
     """A tensor cannot be computed from the file alone; the message says why."""
@@ -115,6 +119,22 @@ def dry_weight_of(checkpoint: Checkpoint, record: ParametrizedRecord, links: Seq
     return _compute(
         record, links, functools.partial(_meta_tensor, checkpoint), functools.partial(_dry_run, limit=limit)
     )
+
+
+def stored_weight(expanded: Checkpoint, record: ParametrizedRecord, registry: Registry) -> Tensor:
+    """The tensor that a parametrized one stands for, within the bounds of a verification.
+
+    Args:
+        expanded: A checkpoint whose bases are whole (``orthoserde.transforms.expand``).
+        record: One of its parametrized tensors.
+        registry: The user's codecs; a class that was merely registered is never built.
+
+    Raises:
+        NotComputable: It cannot be computed from the checkpoint alone; the message says why.
+        Misfit: The stored state is not one that the recorded configuration can have.
+    """
+    links = resolve(record, registry, registered=False)
+    return weight_of(expanded, record, links, max(SCRATCH_BYTES, expanded.manifest.nbytes))
 
 
 def _check_stored(checkpoint: Checkpoint, record: ParametrizedRecord, limit: int) -> None:

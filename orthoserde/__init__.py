@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from orthoserde.baking import bake_
     from orthoserde.charts.canonicalize import canonicalize_
     from orthoserde.charts.registering import orthogonal
-    from orthoserde.codec import Codec
     from orthoserde.conversion import ConversionReport, convert
     from orthoserde.errors import (
         AdapterError,
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from orthoserde.manifest import Manifest
     from orthoserde.proof import Difference, Grade, Proof, prove
     from orthoserde.registry import Registry, default_registry, register
+    from orthoserde.registry.codec import Codec
     from orthoserde.reports import (
         BakeReport,
         CanonicalizeReport,
@@ -125,7 +125,6 @@ _HOMES = {
     "baking": ("bake_",),
     "charts.canonicalize": ("canonicalize_",),
     "charts.registering": ("orthogonal",),
-    "codec": ("Codec",),
     "conversion": ("ConversionReport", "convert"),
     "errors": (
         "AdapterError",
@@ -153,6 +152,7 @@ _HOMES = {
     "folder": ("Checkpoints",),
     "manifest": ("Manifest",),
     "proof": ("Difference", "Grade", "Proof", "prove"),
+    "registry.codec": ("Codec",),
     "registry": ("Registry", "default_registry", "register"),
     "reports": (
         "BakeReport",

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.codec import residual_of
 from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, join
 from orthoserde.parametrizations import is_built_in
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.probe import off_orthonormal
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import residual_of
 from orthoserde.reports import VerifyReport
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 from orthoserde.transforms import expand

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from orthoserde import _torch, json_values
 from orthoserde._version import __version__
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, LiveTensor, TensorSource
-from orthoserde.codec import Codec, own_tensors
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
@@ -30,6 +29,7 @@ from orthoserde.manifest import (
 from orthoserde.names import original_keys
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec, own_tensors
 from orthoserde.scope import Select, scope_of
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
 from orthoserde.tensor_bytes import dtype_name

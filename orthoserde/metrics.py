@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import own_tensors
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import own_tensors
 from orthoserde.walk import ParametrizedTensor, take_inventory
 from orthoserde.weights import live
 

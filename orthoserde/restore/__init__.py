@@ -11,7 +11,6 @@ from torch import nn
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.codec import current_config
 from orthoserde.errors import (
     ConfigError,
     IncompatibleModelError,
@@ -22,6 +21,7 @@ from orthoserde.errors import (
 from orthoserde.manifest.training import TrainingRecord
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import current_config
 from orthoserde.reports import Fidelity, LoadReport, TensorReport
 from orthoserde.restore.apply import apply
 from orthoserde.restore.baked import bake_bare

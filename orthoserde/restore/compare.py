@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from orthoserde import _torch
-from orthoserde.codec import Codec, current_config
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.json_values import JSON, differences
 from orthoserde.manifest import OPAQUE, Manifest, ModuleRecord, ParametrizationRecord, ParametrizedRecord, qualname_of
 from orthoserde.parametrizations import codec_for_kind, codec_for_type
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec, current_config
 from orthoserde.reports import Fidelity
 from orthoserde.walk import ParametrizedTensor
 

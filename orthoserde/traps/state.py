@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
-from orthoserde.codec import residual_of
 from orthoserde.names import prefixes_in, prefixes_of
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.probe import off_orthonormal
-from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import residual_of
+from orthoserde.registry.registered_class import RegisteredClass
 from orthoserde.reports import Finding, Severity
 from orthoserde.tensor_bytes import DTYPES, ORTHONORMAL_DTYPES, row_blocks
 from orthoserde.walk import Inventory, ParametrizedTensor

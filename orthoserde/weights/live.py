@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from orthoserde import _torch
-from orthoserde.codec import Codec, residual_of
 from orthoserde.parametrizations import codec_for_type
-from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec, residual_of
+from orthoserde.registry.registered_class import RegisteredClass
 from orthoserde.walk import ParametrizedTensor
 
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.codec import Codec
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import OPAQUE, ParametrizationRecord, ParametrizedRecord
 from orthoserde.parametrizations import codec_for_kind, is_built_in
-from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec
+from orthoserde.registry.registered_class import RegisteredClass
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.wording import one_line
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch, json_values
-from orthoserde.codec import Unconstrained, own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
+from orthoserde.registry.codec import Unconstrained, own_tensors
 
 #: Where an instance keeps the arguments of its construction. It is copied with the instance.
 _CAPTURED = "_orthoserde_captured"

@@ -1,7 +1,4 @@
-"""What a class is called in files.
-
-A file names *kinds* ("package>Name"). Only a kind that this process has registered is ever built; nothing is imported.
-"""
+"""`Registry`: kinds and the classes that they stand for."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from orthoserde.codec import Codec
 from orthoserde.errors import RegistrationError
-from orthoserde.registered_class import RegisteredClass, capture_arguments, describes_itself
+from orthoserde.registry.codec import Codec
+from orthoserde.registry.registered_class import RegisteredClass, capture_arguments, describes_itself
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 SHOWN_CHARACTERS = 2000
 SHOWN_OF_A_NAME = 200
 
+#: The text of a report lists this many things of a sort.
+SHOWN = 20
+
 
 def counted(count: int, noun: str) -> str:
     """A number and what it counts: ``1 tensor``, ``2 tensors``."""

@@ -17,7 +17,7 @@ from orthoserde.manifest import join
 from orthoserde.names import prefixes_in, prefixes_of
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.parametrizations.hooks import other_hooks
-from orthoserde.registration import unregister
+from orthoserde.parametrizing import unregister
 from orthoserde.registry import Registry
 from orthoserde.reports import BakeReport
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory

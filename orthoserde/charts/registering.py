@@ -12,7 +12,7 @@ from orthoserde import _torch
 from orthoserde.completion import complete
 from orthoserde.parametrizations.orthogonal import default_map, initial_original, tall
 from orthoserde.parametrizations.structured import Orthogonal, orthonormal
-from orthoserde.registration import register_given
+from orthoserde.parametrizing import register_given
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 
 

@@ -1,4 +1,4 @@
-"""Register parametrizations whose state is known: no ``right_inverse``, no factorisation, no random numbers."""
+"""Put parametrizations with a given state on a tensor, and take them off: no ``right_inverse``, no random numbers."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 from orthoserde import _torch
 from orthoserde.errors import Problem, UnsupportedModuleError
 from orthoserde.integrations import in_process
+from orthoserde.keys import prefixes_in, prefixes_of
 from orthoserde.manifest import join
-from orthoserde.names import prefixes_in, prefixes_of
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.parametrizations.hooks import other_hooks
 from orthoserde.parametrizing import unregister

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import Problem
+from orthoserde.keys import tensor_names
 from orthoserde.manifest import HOOK_SUFFIXES, ORTHOGONAL, SPECTRAL_NORM, STRUCTURED, ParametrizedRecord, join
-from orthoserde.names import tensor_names
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
 from orthoserde.restore.check import check_digests

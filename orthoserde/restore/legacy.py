@@ -18,8 +18,8 @@ from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, DamagedFileError, Problem
 from orthoserde.json_values import JSON
+from orthoserde.keys import hook_prefixes, parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.manifest import TensorRecord
-from orthoserde.names import hook_prefixes, parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import Codec, residual_of
 from orthoserde.tensor_bytes import DTYPES, Digest, digest_of, dtype_name, is_lossless

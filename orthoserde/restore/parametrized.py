@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from orthoserde import _torch
+from orthoserde.keys import local_names, prefixes_of, tensor_names
 from orthoserde.manifest import ParametrizedRecord, join
-from orthoserde.names import local_names, prefixes_of, tensor_names
 from orthoserde.reports import RESTORED, Fidelity
 from orthoserde.restore.attach import Attachment, build_links
 from orthoserde.restore.compare import compare_chain, contradiction, kinds_of

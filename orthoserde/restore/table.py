@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from orthoserde.keys import hook_prefixes, parts_by_prefix, prefixes_in
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.names import hook_prefixes, parts_by_prefix, prefixes_in
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
 from orthoserde.restore.places import Owner

@@ -13,6 +13,7 @@ from torch import Tensor
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem
+from orthoserde.keys import parts_by_prefix, tensor_names
 from orthoserde.manifest import (
     DENSE,
     HOOK,
@@ -22,7 +23,6 @@ from orthoserde.manifest import (
     TensorRecord,
     join,
 )
-from orthoserde.names import parts_by_prefix, tensor_names
 from orthoserde.parametrizations import BUILT_IN_CODECS
 from orthoserde.parametrizations.hooks import power_method_error
 from orthoserde.registry import Registry

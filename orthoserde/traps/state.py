@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
-from orthoserde.names import prefixes_in, prefixes_of
+from orthoserde.keys import prefixes_in, prefixes_of
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.probe import off_orthonormal
 from orthoserde.registry import Registry

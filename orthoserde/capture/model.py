@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from orthoserde import _torch, json_values
 from orthoserde._version import __version__
+from orthoserde.capture.scope import Select, scope_of
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, LiveTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem, UnsupportedModuleError
 from orthoserde.json_values import JSON
+from orthoserde.keys import original_keys
 from orthoserde.manifest import (
     DENSE,
     HOOK,
@@ -26,11 +28,9 @@ from orthoserde.manifest import (
     check_references,
     class_name,
 )
-from orthoserde.names import original_keys
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import Codec, own_tensors
-from orthoserde.scope import Select, scope_of
 from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
@@ -51,7 +51,7 @@ def capture(
         model: Any module.
         registry: Names of the user's classes.
         include_weights: Whether to add the computed tensors.
-        select: Which tensors to hold; see :func:`orthoserde.scope.scope_of`.
+        select: Which tensors to hold; see :func:`orthoserde.capture.scope.scope_of`.
         metadata: The user's own strings.
 
     Raises:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from orthoserde import _torch
 from orthoserde.errors import ConfigError, Problem
+from orthoserde.keys import hook_prefixes, prefixes_in, prefixes_of
 from orthoserde.manifest import join
-from orthoserde.names import hook_prefixes, prefixes_in, prefixes_of
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
 from orthoserde.walk import Inventory, Slot, identity

@@ -82,7 +82,7 @@ def _walk(value: JSON, where: str) -> Iterator[tuple[str, JSON | _Stored]]:
         ((sort, inner),) = value.items()
         if sort == "tensor":
             yield where, _Stored(str(inner))
-        elif sort == "float":
+        elif sort in ("float", "integer"):
             yield where, inner
         elif isinstance(inner, list) and sort != "tuple":
             for pair in inner:

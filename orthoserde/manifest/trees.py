@@ -2,9 +2,10 @@
 
 Note [Trees]
 A tree is made of None, booleans, integers, floats, strings, tensors, and of lists, tuples and dicts of these. In JSON
-the first five are themselves, but for floats that JSON lacks, and a list is a list. Everything else is an object with
-one key, which says what it is: ``{"float": "nan"}``, ``{"tensor": key}``, ``{"tuple": [...]}``, ``{"dict": [[key,
-value], ...]}``, and ``"counter"`` and ``"ordered_dict"`` like ``"dict"``. So dicts keep their order and keys that are
+the first five are themselves, but for floats that JSON lacks and integers of more than 64 bits, and a list is a list.
+Everything else is an object with one key, which says what it is: ``{"float": "nan"}``, ``{"integer": "18446..."}``,
+``{"tensor": key}``, ``{"tuple": [...]}``, ``{"dict": [[key, value], ...]}``, and ``"counter"`` and ``"ordered_dict"``
+like ``"dict"``. So dicts keep their order and keys that are
 numbers, and nothing that a file says names a class. What is anything else is an error, never a pickle. A tensor comes
 back as a plain tensor without gradient, and one that stands in two places as two.
 """
@@ -12,10 +13,13 @@ back as a plain tensor without gradient, and one that stands in two places as tw
 from __future__ import annotations
 
 import math
+import random
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
+import numpy as np
 from torch import Tensor
 
 from orthoserde.errors import ConfigError, FileFormatError
@@ -23,6 +27,11 @@ from orthoserde.json_values import INT_LIMIT, JSON
 
 #: Levels of lists, tuples and dicts within each other.
 MAX_LEVELS = 16
+
+#: Digits of the largest integer: generators of NumPy have some of 39, and Python reads no more than 4300 at a time.
+MAX_DIGITS = 1000
+_LARGEST = 10**MAX_DIGITS - 1
+_DIGITS = re.compile(rf"-?[1-9][0-9]{{18,{MAX_DIGITS - 1}}}", re.ASCII)
 
 _MAPPINGS: Mapping[str, Callable[[list[tuple[object, object]]], object]] = {
     "dict": dict,
@@ -50,9 +59,9 @@ def encode_tree(value: object, where: str, put: Callable[[str, Tensor], str], le
     if value is None or isinstance(value, bool):
         return value
     if type(value) is int:
-        if not -INT_LIMIT <= value < INT_LIMIT:
-            raise ConfigError(f"{where}: expected an integer of 64 bits, got a larger one")
-        return value
+        if not -_LARGEST <= value <= _LARGEST:
+            raise ConfigError(f"{where}: expected an integer of at most {MAX_DIGITS} digits, got a larger one")
+        return value if -INT_LIMIT <= value < INT_LIMIT else {"integer": str(value)}
     if isinstance(value, float):  # a numpy.float64 is one
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if type(value) is str:
@@ -71,9 +80,21 @@ def encode_tree(value: object, where: str, put: Callable[[str, Tensor], str], le
     cls = type(value)
     raise ConfigError(
         f"{where}: expected tensors, numbers, strings, None, and lists, tuples and dicts of them, "
-        f"got a {cls.__module__}.{cls.__qualname__}"
-        + ("; convert it with .item()" if cls.__module__ == "numpy" and cls.__name__ != "ndarray" else "")
+        f"got a {cls.__module__}.{cls.__qualname__}{_advice(value)}"
     )
+
+
+def _advice(value: object) -> str:
+    """What to do about a value that is no tree."""
+    if isinstance(value, np.random.Generator):
+        return "; its state is .bit_generator.state, a dict"
+    if isinstance(value, random.Random):
+        return "; its state is .getstate(), which .setstate() takes"
+    if isinstance(value, np.generic):
+        return "; convert it with .item()"
+    if isinstance(value, np.ndarray):
+        return "; convert it with torch.from_numpy"
+    return ""
 
 
 def decode_tree(value: JSON, where: str, tensor: Callable[[str], Tensor]) -> object:
@@ -120,6 +141,10 @@ def _decode(value: JSON, where: str, tensor: Callable[[str], Tensor], level: int
         return tensor(inner)
     if sort == "float" and isinstance(inner, str) and inner in _ODD_FLOATS:
         return _ODD_FLOATS[inner]
+    if sort == "integer" and isinstance(inner, str) and _DIGITS.fullmatch(inner):
+        number = int(inner)
+        if not -INT_LIMIT <= number < INT_LIMIT:  # others are themselves
+            return number
     if sort == "tuple" and isinstance(inner, list):
         return tuple(_decode(item, f"{where}.{i}", tensor, level + 1) for i, item in enumerate(inner))
     if sort in _MAPPINGS and isinstance(inner, list):
@@ -133,7 +158,7 @@ def _decode_mapping(sort: str, pairs: list[JSON], where: str, tensor: Callable[[
         if not isinstance(pair, list) or len(pair) != 2:
             raise FileFormatError(f"{where}: expected pairs of a key and a value")
         # Before it is decoded: a key is one value, and no tensor.
-        odd = pair[0].keys() != {"float"} if isinstance(pair[0], dict) else isinstance(pair[0], list)
+        odd = pair[0].keys() not in ({"float"}, {"integer"}) if isinstance(pair[0], dict) else isinstance(pair[0], list)
         if odd:
             raise FileFormatError(f"{where}: expected strings and numbers for keys")
         key = _decode(pair[0], where, tensor, level + 1)

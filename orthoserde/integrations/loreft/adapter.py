@@ -74,6 +74,14 @@ class Adapter(nn.Module):
 
     Source: Wu et al. 2024, arXiv 2404.03592, sections 3.2 and 4; ``generate`` in pyvene/models/intervenable_base.py,
     0.1.8.
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)})
+        >>> sorted(adapter.layers), adapter.root is model
+        (['1'], True)
     """
 
     config_forms: ClassVar = LoReFT.config_forms
@@ -302,6 +310,16 @@ def attach(
         ValueError: A path or the name does not fit the model, or an argument is malformed.
         TypeError: The model is not a module, or something is not a LoReFT.
         AdapterError: The model cannot be adapted as it is (DistributedDataParallel, hidden states of (seq, batch)).
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)}, positions="l1")
+        >>> model(torch.zeros(1, 3, dtype=torch.long)).shape  # hidden states of (batch, seq, hidden_size)
+        torch.Size([1, 3, 8])
+        >>> model[1].weight.requires_grad
+        False
     """
     return Adapter(layers, positions).attach(model, freeze=freeze, name=name)
 
@@ -314,6 +332,15 @@ def detach(model: nn.Module) -> None:
 
     Raises:
         AdapterError: There is no adapter that is attached.
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach, detach
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)})
+        >>> detach(model)
+        >>> len(model)
+        2
     """
     adapters = [model] if isinstance(model, Adapter) else _attached(_torch.unwrap(model))
     if not adapters:
@@ -323,7 +350,20 @@ def detach(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model or adapter that require a gradient, each once."""
+    """The parameters of a model or adapter that require a gradient, each once.
+
+    Args:
+        model: The model or adapter.
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach, trainable_parameters
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)})
+        >>> optimizer = torch.optim.Adam(trainable_parameters(model), lr=0.01)
+        >>> [tuple(parameter.shape) for parameter in trainable_parameters(model)]
+        [(8, 2), (2, 8), (2,)]
+    """
     return [parameter for parameter in _torch.unwrap(model).parameters() if parameter.requires_grad]
 
 

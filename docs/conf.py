@@ -5,6 +5,7 @@ The pages are plain Markdown that a code host shows as it is. What only the site
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 #: The pages below each page, in groups with a caption (``""`` for none). Sphinx warns of a page that is nowhere.
 NAVIGATION: dict[str, dict[str, list[str]]] = {
     "index": {
-        "": ["tutorial/stop-and-resume", "how-to/index", "reference/index", "explanation/index"],
+        "": ["Tutorial <tutorial/stop-and-resume>", "how-to/index", "reference/index", "explanation/index"],
     },
     "how-to/index": {
         "Every day": [
@@ -73,9 +74,18 @@ def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += "\n\n```{toctree}\n:hidden:\n" + option + "\n" + "\n".join(pages) + "\n```\n"
 
 
+def shorten_aliases(
+    app: Sphinx, what: str, name: str, documented: object, options: object, arguments: str | None, result: str | None
+) -> tuple[str | None, str | None]:
+    """Name an alias by its name also within another type, where autodoc shows its own stand-in for it."""
+    stand_in = re.compile(r"TypeAliasForwardRef\('(\w+)'\)")
+    return arguments and stand_in.sub(r"\1", arguments), result and stand_in.sub(r"\1", result)
+
+
 def setup(app: Sphinx) -> None:
     """Register what Sphinx calls while it builds."""
     app.connect("source-read", add_navigation)
+    app.connect("autodoc-process-signature", shorten_aliases)
 
 
 # Strict: sphinx-build -W makes an error of each warning, and of each name in a docstring that leads nowhere.
@@ -83,7 +93,7 @@ nitpicky = True
 # Types of Python and torch, and names that are this package's own but not public, are shown and lead nowhere.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|enum|numpy|os|pathlib|torch|typing)\..*"),
-    (r"py:class", r"JSON|Path|Reference|SaveArguments|orthoserde\.registry\.ModuleClass"),
+    (r"py:class", r"JSON|Path|Reference|Tensor|SaveArguments|orthoserde\.registry\.ModuleClass"),
 ]
 
 exclude_patterns = ["examples"]
@@ -93,10 +103,11 @@ highlight_language = "text"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
+autodoc_type_aliases = {"JSON": "JSON"}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = False
 napoleon_use_rtype = False
@@ -107,9 +118,11 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+# A page that has no neighbours needs no list of them.
+html_sidebars = {"tutorial/*": []}
 html_theme_options = {
     "navigation_with_keys": False,
-    "show_toc_level": 2,
+    "show_toc_level": 1,
     "header_links_before_dropdown": 5,
     "show_prev_next": True,
 }

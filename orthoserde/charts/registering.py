@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from orthoserde import _torch
-from orthoserde.completion import complete
-from orthoserde.parametrizations.orthogonal import default_map, initial_original, tall
+from orthoserde.orthonormal.completion import complete
+from orthoserde.orthonormal.rounding import tall
+from orthoserde.parametrizations.orthogonal import default_map, initial_original
 from orthoserde.parametrizations.structured import Orthogonal, orthonormal
 from orthoserde.parametrizing import register_given
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.completion import reflectors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import STRUCTURED
-from orthoserde.parametrizations.orthogonal import OrthogonalCodec, initial_original, tall
+from orthoserde.orthonormal.completion import reflectors
+from orthoserde.orthonormal.rounding import tall
+from orthoserde.orthonormal.thin_maps import THIN_MAPS, in_base
+from orthoserde.parametrizations.orthogonal import OrthogonalCodec, initial_original
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
-from orthoserde.thin_maps import THIN_MAPS, in_base
 
 
 class Orthogonal(_torch.NoticesCasts):

@@ -18,8 +18,8 @@ from torch.nn.utils import parametrizations, parametrize
 import orthoserde
 from orthoserde import Fidelity, cli, storage
 from orthoserde.capture import capture
-from orthoserde.completion import Completion, complete
 from orthoserde.manifest import COLUMNS
+from orthoserde.orthonormal.completion import Completion, complete
 from orthoserde.transforms import canonical, columns, compact, expand
 from tests.helpers import same_bits, use_threads
 

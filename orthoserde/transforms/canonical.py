@@ -181,8 +181,7 @@ def _obstacle(record: ParametrizedRecord, key: str, shape: tuple[int, ...], mani
         return f"its base is {base.dtype} of shape {list(base.shape)}"
     if base.parameter or base.requires_grad:
         return "its base is a parameter, or requires a gradient"
-    tied = {alias for alias, kept in manifest.aliases.items() if kept == key}
-    if key != record.link_key(0, "base") or not tied <= record.alias_keys(0, "base"):
+    if key != record.link_key(0, "base") or manifest.is_shared(record, 0, "base"):
         return "its base is tied to another tensor"
     if any(name in manifest for name in {compacted.link_key(0, "base"), *compacted.alias_keys(0, "base")}):
         return "its model has a tensor of the name that the columns would have"

@@ -50,7 +50,7 @@ from orthoserde.integrations.pyreft.classes import (
 from orthoserde.integrations.pyreft.keys import normalize
 from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, files_in, folder_of, read_state, types_in
 from orthoserde.json_values import JSON
-from orthoserde.keys import tensor_names
+from orthoserde.keys import names_of
 from orthoserde.manifest import (
     DENSE,
     ORTHOGONAL,
@@ -297,7 +297,7 @@ class _Reader:
         """Other parametrized tensors, of classes of the user's or of the base model: state without configuration."""
         known = {record.name for record in self.parametrized}
         for tensor in self.inventory.parametrized:
-            if known.isdisjoint(tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)):
+            if known.isdisjoint(names_of(tensor)):
                 chain = [link_record(link, self.registry) for link in tensor.parametrizations]
                 record = ParametrizedRecord(
                     module=tensor.module_path,

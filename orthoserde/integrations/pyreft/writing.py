@@ -28,16 +28,10 @@ from orthoserde.integrations.pyreft.classes import (
     REPRESENTATION,
     extend,
 )
-from orthoserde.integrations.pyreft.folders import (
-    BASE,
-    NUMBERS,
-    ORIGINAL,
-    RENAMED,
-    ROTATION,
-    WEIGHT,
-)
+from orthoserde.integrations.pyreft.folders import NUMBERS
 from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX
 from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, CONFIG_FILE
+from orthoserde.integrations.pyreft.rotations import BASE, ORIGINAL, RENAMED, ROTATION, WEIGHT
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind

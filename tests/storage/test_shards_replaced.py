@@ -31,13 +31,6 @@ from tests.storage.shard_cases import (
 posix = pytest.mark.skipif(os.name == "nt", reason="about POSIX files")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a checkpoint in shards, of a model of ones."""
-    orthoserde.save(make(1.0), tmp_path / "folder", max_shard_size=LIMIT)
-    return tmp_path / "folder"
-
-
 def test_what_fits_into_one_shard_is_one_file(tmp_path: Path) -> None:
     report = orthoserde.save(make(1.0), tmp_path / "folder", max_shard_size="1GB")
     assert names(tmp_path / "folder") == [SINGLE]

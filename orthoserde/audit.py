@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, join
 from orthoserde.orthonormal.probe import off_orthonormal
@@ -50,7 +50,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
     misfits: dict[str, str] = {}
     not_measured = _unrecorded(manifest)
     limit = max(SCRATCH_BYTES, manifest.nbytes)
-    with _torch.undisturbed():
+    with modes.undisturbed():
         for stored, record in zip(manifest.parametrized, expanded.manifest.parametrized, strict=True):
             try:
                 if any(manifest.kept_key(key) in damaged for key in stored.tensor_keys()):

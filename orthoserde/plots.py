@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, MissingPackageError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
@@ -146,7 +146,7 @@ def _rows(checkpoint: Checkpoint, registry: Registry) -> tuple[list[_Row], dict[
     expanded = expand(checkpoint)
     rows: list[_Row] = []
     left_out: dict[str, str] = {}
-    with _torch.undisturbed():
+    with modes.undisturbed():
         for record in expanded.manifest.parametrized:
             if len(rows) == MOST_TENSORS:
                 left_out[record.name] = f"a picture shows {MOST_TENSORS}"

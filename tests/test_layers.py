@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "orthoserde"
 
 FLOORS = {
     "errors": 0,
+    "modes": 0,
     "_version": 0,
     "_torch": 0,
     "json_values": 0,
@@ -57,7 +58,8 @@ FLOORS = {
 
 #: Arrows between rooms on one floor; each points one way.
 SIDEWAYS = {
-    ("_torch", "errors"),
+    ("modes", "_torch"),
+    ("modes", "errors"),
     ("errors", "wording"),
     ("manifest", "wording"),
     ("json_values", "errors"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.keys import parts_by_prefix
@@ -74,7 +74,7 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
     chosen = [record for record in records if names is None or record.name in names]
     outer = {join(record.module, "parametrizations", record.tensor_name) for record in chosen}
     inner = {join(record.module, "parametrizations", record.tensor_name) for record in records} - outer
-    with _torch.undisturbed():
+    with modes.undisturbed():
         for record in chosen:
             around = _parents(record.module)
             if not around.isdisjoint(inner):
@@ -185,7 +185,7 @@ def _computed(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Regi
         ConfigError: It cannot be computed.
     """
     try:
-        with _torch.undisturbed(), torch.no_grad():
+        with modes.undisturbed(), torch.no_grad():
             weight = weight_of(checkpoint, record, resolve(record, registry, registered=True), limit)
     except (NotComputable, Misfit) as reason:
         raise ConfigError(_listed(checkpoint.origin, [Problem(record.name, "unsupported", str(reason))])) from reason

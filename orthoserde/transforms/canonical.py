@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import ConfigError
 from orthoserde.manifest import COLUMNS, DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, TensorRecord
@@ -164,7 +164,7 @@ def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | N
     def read(base: _Base, go_on: GoOn) -> str:
         return base.obstacle or _difference(base, go_on)
 
-    with _torch.undisturbed():
+    with modes.undisturbed():
         obstacles = work_through(bases, read, lambda base: base.nbytes)
     return [dataclasses.replace(base, obstacle=text) for base, text in zip(bases, obstacles, strict=True)]
 

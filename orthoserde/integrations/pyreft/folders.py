@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch, storage
+from orthoserde import _torch, modes, storage
 from orthoserde.capture import link_record
 from orthoserde.capture.scope import adapter_paths, is_below, scope_of
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
@@ -105,7 +105,7 @@ def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, leg
         return _read_file(path, model, registry, legacy)
     folder = folder_of(os.fsdecode(path))
     files = files_in(folder)
-    with _torch.undisturbed():
+    with modes.undisturbed():
         inventory = take_inventory(model)
         prefix = _prefix(inventory, folder)
         parent = join(prefix, "interventions")
@@ -131,7 +131,7 @@ def _read_file(
     checkpoint = storage.read(path)
     if checkpoint.manifest.has_configuration or ROTATION not in checkpoint.manifest.tensors:
         return checkpoint, False
-    with checkpoint, _torch.undisturbed():
+    with checkpoint, modes.undisturbed():
         inventory = take_inventory(model)
         found: dict[int, tuple[str, nn.Module]] = {}
         for where, module in inventory.modules.items():

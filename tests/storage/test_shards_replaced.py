@@ -254,6 +254,13 @@ def test_the_folder_is_made_and_its_parent_is_not(tmp_path: Path) -> None:
     assert names(tmp_path) == ["new"]
 
 
+def test_no_path_is_not_the_folder_where_the_process_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileAccessError, match="got an empty one"):
+        orthoserde.save(make(), "", max_shard_size=LIMIT)
+    assert not names(tmp_path)
+
+
 def test_a_folder_that_was_made_for_a_save_that_fails_goes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

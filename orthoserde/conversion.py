@@ -16,10 +16,10 @@ from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
-from orthoserde.reports import shorten
 from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
 from orthoserde.watching import Progress, no_progress, watched
+from orthoserde.wording import shorten
 
 #: What a file can be converted to.
 Form = Literal["dense", "compact", "baked", "hooks", "torch", "pyreft", "pyreft-full"]
@@ -85,7 +85,7 @@ def convert(
     out: one base, or one weight. A file of ``torch.save`` or a folder of pyreft's takes as much as the whole.
 
     Args:
-        source: Whatever :func:`orthoserde.opening.open_checkpoint` opens.
+        source: Whatever :func:`orthoserde.verify` reads.
         target: The file to write, or the folder for the forms of pyreft.
         form: What is written:
             ``"dense"``, our file with whole bases;

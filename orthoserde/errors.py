@@ -10,29 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from orthoserde.wording import legible, legible_name
+
 ProblemKind = Literal["missing", "unexpected", "mismatch", "unsupported"]
 
 #: A message shows this many mismatches, and keys that are on one side only; the ``problems`` attribute holds all.
 SHOWN_PROBLEMS = 40
 SHOWN_KEYS = 12
-
-#: A message shows this many characters of a line, and of a name.
-SHOWN_CHARACTERS = 2000
-SHOWN_OF_A_NAME = 200
-
-
-def legible(text: str) -> str:
-    """A message in which names from the file of a stranger may stand, as it can be shown; lines stay lines."""
-    return "\n".join(legible_name(line, SHOWN_CHARACTERS) for line in text.split("\n"))
-
-
-def legible_name(name: str, most: int = SHOWN_OF_A_NAME) -> str:
-    """A name in one line: escape what a terminal would obey instead of show, and cut what is too long to be read."""
-    more = f"... ({len(name)} characters)" if len(name) > most else ""
-    shown = name[:most]
-    if not shown.isprintable():
-        shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
-    return shown + more
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from orthoserde.reports import Fidelity, printable
+from orthoserde.reports import Fidelity
+from orthoserde.wording import printable
 
 
 class Grade(enum.IntEnum):

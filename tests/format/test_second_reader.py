@@ -19,8 +19,8 @@ import orthoserde
 from orthoserde import storage
 from orthoserde.completion import complete
 from orthoserde.manifest import Manifest
-from orthoserde.manifest_json import encode_manifest
-from orthoserde.state_tree import decode_tree
+from orthoserde.manifest.as_json import encode_manifest
+from orthoserde.manifest.trees import decode_tree
 from orthoserde.tensor_bytes import empty_like_recorded
 from orthoserde.transforms import expand
 from tests.format import second_arrays, second_reader

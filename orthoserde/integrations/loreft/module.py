@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.charts import orthogonal
+from orthoserde.charts.registering import orthogonal
 from orthoserde.json_values import JSON
 from orthoserde.registry import register
 from orthoserde.tensor_bytes import DTYPES, dtype_name

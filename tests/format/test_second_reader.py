@@ -221,6 +221,14 @@ def test_it_reads_the_training_state_that_this_package_reads() -> None:
     assert found["rng"]["python"]["words"].shape == (625,)
 
 
+def test_it_reads_integers_of_more_than_64_bits(tmp_path: Path) -> None:
+    state = {"numbers": [2**63 - 1, 2**63, -(2**100), {10**30: 1}]}
+    orthoserde.save(nn.Linear(1, 1), tmp_path / "m", state=state)
+    _, _, found = read((tmp_path / "m").read_bytes())
+    assert found is not None
+    assert found["state"]["numbers"]["value"] == state["numbers"]
+
+
 # What it refuses
 
 

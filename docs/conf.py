@@ -18,7 +18,7 @@ import orthoserde  # noqa: E402 - the package that stands beside these pages, wh
 
 project = "orthoserde"
 author = "The orthoserde maintainers"
-copyright = author  # noqa: A001 - the name is Sphinx's
+copyright = author
 version = release = orthoserde.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -98,7 +98,7 @@ nitpick_ignore_regex = [
 
 exclude_patterns = ["examples"]
 myst_heading_anchors = 4
-# The alternative would be to quote code in a language that it is not in.
+# What is indented without a language is formulas, not Python.
 highlight_language = "text"
 
 autodoc_member_order = "bysource"
@@ -119,7 +119,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 # A page that has no neighbours needs no list of them.
-html_sidebars = {"tutorial/*": []}
+html_sidebars: dict[str, list[str]] = {"tutorial/*": []}
 html_theme_options = {
     "navigation_with_keys": False,
     "show_toc_level": 1,

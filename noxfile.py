@@ -7,7 +7,12 @@ in a single environment.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import nox
 from nox.virtualenv import VirtualEnv
@@ -18,11 +23,35 @@ TORCH = "2.13.0"
 # (Python, torch) pairs from the oldest torch that is supported to the newest.
 MATRIX = [
     ("3.10", "2.3.1"),
+    ("3.10", "2.4.1"),
     ("3.11", "2.6.0"),
     ("3.12", "2.9.1"),
-    ("3.11", "2.13.0"),
+    ("3.11", TORCH),
     ("3.13", "2.15.0"),
 ]
+
+# The whole suite runs on the oldest torch, on ours and on the newest; on the others, what depends on torch most.
+WHOLE = {MATRIX[0][1], TORCH, MATRIX[-1][1]}
+SMOKE = [
+    "tests/golden",
+    "tests/facts",
+    "tests/training",
+    "tests/structured",
+    "tests/storage/test_torch_files.py",
+    "tests/test_attach.py",
+    "tests/test_charts.py",
+    "tests/test_forms.py",
+    "tests/test_hooks.py",
+    "tests/test_modes.py",
+    "tests/test_plain.py",
+    "tests/test_public_api.py",
+    "tests/test_registry.py",
+    "tests/test_sources.py",
+    "tests/test_walk.py",
+]
+
+# Results of matrix and cross, as files of JUnit and JSON; git ignores the folder.
+RESULTS = Path(".nox", "results")
 
 # pyreft asks for a transformers of its own day, so it and pyvene are installed without what they ask for.
 PYREFT = ["pyreft==0.1.0", "pyvene==0.1.8"]
@@ -32,8 +61,12 @@ PYREFT_NEEDS = [TRANSFORMERS, "accelerate", "datasets", "matplotlib", "gt-all-mi
 # It asks for an open range of torch, so it is installed without.
 GEOTORCH = "geotorch==0.4.0"
 
-DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+DEV = PROJECT["optional-dependencies"]["dev"]
 
+DEFAULT = ("tests", "lint", "typing", "docs")
+
+nox.options.sessions = DEFAULT
 nox.needs_version = ">=2025.11.12"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
@@ -111,15 +144,106 @@ def demo(session: nox.Session) -> None:
     session.run("python", "docs/examples/resume_digits.py", *session.posargs, env={"MPLBACKEND": "Agg"})
 
 
+@contextmanager
+def passing(session: nox.Session) -> Iterator[None]:
+    """Have an environment for the time of the block: those of other torches take 5 to 7 GB each."""
+    environment = session.virtualenv
+    if not isinstance(environment, VirtualEnv):
+        session.error("this session needs an environment of its own, which it removes afterwards")
+    try:
+        yield
+    finally:
+        shutil.rmtree(environment.location)
+
+
 @nox.session(default=False)
 @nox.parametrize("python,torch", MATRIX)
 def matrix(session: nox.Session, torch: str) -> None:
-    """Run the test suite on another Python and torch, then remove the environment (5 to 7 GB each)."""
-    environment = session.virtualenv
-    if not isinstance(environment, VirtualEnv):
-        session.error("matrix needs an environment of its own, which it removes afterwards")
-    try:
+    """Run the test suite on another Python and torch, whole or in part, and print the table of all that have run."""
+    results = RESULTS / "matrix"
+    with passing(session):
         install(session, torch)
-        session.run("pytest", *session.posargs)
-    finally:
-        shutil.rmtree(environment.location)
+        tests = session.posargs or ([] if torch in WHOLE else SMOKE)
+        results.mkdir(parents=True, exist_ok=True)
+        session.run("pytest", f"--junitxml={results}/python-{session.python}-torch-{torch}.xml", *tests)
+        session.run("python", "-m", "tests.versions.matrix_table", str(results))
+
+
+@nox.session(default=False)
+@nox.parametrize("python,torch,step", [(python, torch, step) for step in ("write", "read") for python, torch in MATRIX])
+def cross(session: nox.Session, torch: str, step: str) -> None:
+    """Write files under each torch, then read the files of all under each, and print the table of who reads whom."""
+    with passing(session):
+        session.install(f"torch=={torch}", "-e", ".")
+        session.run("python", "-m", f"tests.versions.{step}", str(RESULTS / "cross"))
+
+
+@nox.session(default=False, python=MATRIX[0][0])
+def minimums(session: nox.Session) -> None:
+    """Run tests with the oldest release of torch and of each dependency, of the extras cli, hub and plot too."""
+    extras = PROJECT["optional-dependencies"]
+    lowest = [
+        requirement.replace(">=", "==")
+        for requirement in PROJECT["dependencies"] + extras["cli"] + extras["hub"] + extras["plot"]
+        if not requirement.startswith("torch")
+    ]
+    # Not tests/storage/test_container.py: old releases of its oracle, safetensors, lack dtypes that we write.
+    tests = [
+        *SMOKE,
+        "tests/storage/test_reader_writer.py",
+        "tests/storage/test_shards.py",
+        "tests/cli/test_commands.py",
+    ]
+    with passing(session):
+        session.install(f"torch=={MATRIX[0][1]}", *lowest, "-e", ".[cli,hub,plot,docs]", "hypothesis>=6.100")
+        session.run("pytest", *(session.posargs or tests))
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Build wheel and sdist, and test what the wheel installs, by the tests of the sdist, in another place."""
+    session.install("build")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist")  # the wheel is built from the sdist
+    (wheel,), (sdist,) = Path("dist").glob("*.whl"), Path("dist").glob("*.tar.gz")
+    session.install(f"torch=={TORCH}", f"orthoserde[cli,hub,plot,docs] @ {wheel.resolve().as_uri()}")
+    session.install("hypothesis>=6.100", *(requirement for requirement in DEV if requirement.startswith("mypy")))
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.unpack_archive(sdist, folder, filter="data")
+        (unpacked,) = Path(folder).iterdir()
+        shutil.rmtree(unpacked / "orthoserde")  # what is tested is what was installed
+        user = Path(folder, "user")
+        user.mkdir()
+        shutil.copy(unpacked / "tests" / "typing" / "public_api.py", user / "uses_orthoserde.py")
+        with session.chdir(user):  # py.typed: the types of an installed package
+            session.run("mypy", "--strict", "uses_orthoserde.py")
+        with session.chdir(unpacked):
+            session.run("python", "-c", "import orthoserde; assert 'site-packages' in orthoserde.__file__")
+            session.run("pytest", *(session.posargs or [*SMOKE, "tests/storage", "tests/cli", "tests/test_docs.py"]))
+
+
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Do all of a release but its upload: check version, changelog and tree, and run every session."""
+    version = Path("orthoserde", "_version.py").read_text().partition('__version__ = "')[2].rstrip('"\n')
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        session.error(f"orthoserde/_version.py: expected the version of a release, such as 0.1.0, got {version!r}")
+    heading = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$"
+    if not re.search(heading, Path("CHANGELOG.md").read_text(), re.MULTILINE):
+        session.error(f"CHANGELOG.md: expected a heading '## [{version}] - YYYY-MM-DD', found none")
+    if session.run("git", "status", "--porcelain", external=True, silent=True):
+        session.error("the working tree has changes that are not committed: a release is made from a commit")
+    if session.run("git", "tag", "--list", f"v{version}", external=True, silent=True):
+        session.error(f"the tag v{version} exists already: raise the version in orthoserde/_version.py")
+    for name in (*DEFAULT, "pyreft", "ecosystem", "minimums", "matrix", "cross", "build", "packaged"):
+        session.notify(name)
+    session.log(f"when all of it has passed, dist/ holds the files: git tag -a v{version}; twine upload dist/*")
+
+
+@nox.session(default=False)
+def packaged(session: nox.Session) -> None:
+    """Check the files that build has left in ``dist/`` as an index would, and print their digests."""
+    session.install("twine")
+    files = sorted(str(path) for path in Path("dist").iterdir())
+    session.run("twine", "check", "--strict", *files)
+    session.run("sha256sum", *files, external=True)

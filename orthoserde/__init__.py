@@ -15,8 +15,8 @@ from orthoserde._version import __version__
 if TYPE_CHECKING:
     from orthoserde.api import build, inspect, load, save, verify
     from orthoserde.baking import bake_
-    from orthoserde.charts import orthogonal
-    from orthoserde.codec import Codec
+    from orthoserde.charts.canonicalize import canonicalize_
+    from orthoserde.charts.registering import orthogonal
     from orthoserde.conversion import ConversionReport, convert
     from orthoserde.errors import (
         AdapterError,
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from orthoserde.folder import Checkpoints
     from orthoserde.manifest import Manifest
     from orthoserde.proof import Difference, Grade, Proof, prove
-    from orthoserde.rechart import canonicalize_
     from orthoserde.registry import Registry, default_registry, register
+    from orthoserde.registry.codec import Codec
     from orthoserde.reports import (
         BakeReport,
         CanonicalizeReport,
@@ -123,8 +123,8 @@ __all__ = [
 _HOMES = {
     "api": ("build", "inspect", "load", "save", "verify"),
     "baking": ("bake_",),
-    "charts": ("orthogonal",),
-    "codec": ("Codec",),
+    "charts.canonicalize": ("canonicalize_",),
+    "charts.registering": ("orthogonal",),
     "conversion": ("ConversionReport", "convert"),
     "errors": (
         "AdapterError",
@@ -152,7 +152,7 @@ _HOMES = {
     "folder": ("Checkpoints",),
     "manifest": ("Manifest",),
     "proof": ("Difference", "Grade", "Proof", "prove"),
-    "rechart": ("canonicalize_",),
+    "registry.codec": ("Codec",),
     "registry": ("Registry", "default_registry", "register"),
     "reports": (
         "BakeReport",

@@ -267,7 +267,9 @@ def _refuse_fake_tensors() -> None:
 def plain_arithmetic() -> Iterator[None]:
     """Compute in the dtypes of the tensors, without autocast, and make new tensors on the CPU unless told otherwise."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.device("cpu"))
+        # A mode costs every call of torch a detour through Python, so it is entered only where the default is another.
+        if torch.empty(0).device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.cuda.is_available():  # without, torch warns that there is nothing to switch off
             stack.enter_context(torch.autocast("cuda", enabled=False))

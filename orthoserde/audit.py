@@ -9,20 +9,17 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.codec import residual_of
 from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, join
 from orthoserde.parametrizations import is_built_in
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.probe import off_orthonormal
-from orthoserde.recompute import Link, Misfit, NotComputable, dry_weight_of, one_line, resolve, weight_of
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import residual_of
 from orthoserde.reports import VerifyReport
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 from orthoserde.transforms import expand
-
-#: An intermediate result may have this many bytes, or as many as the file holds if these are more (see Note [Dry run]):
-#: a float32 matrix of 4096 rows, whose exponential takes seconds.
-SCRATCH_BYTES = 64 << 20
+from orthoserde.weights.stored import SCRATCH_BYTES, Link, Misfit, NotComputable, dry_weight_of, resolve, weight_of
+from orthoserde.wording import one_line
 
 _ORTHOGONAL = OrthogonalCodec()
 
@@ -92,22 +89,6 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
         misfits=misfits,
         not_measured=not_measured,
     )
-
-
-def stored_weight(expanded: Checkpoint, record: ParametrizedRecord, registry: Registry) -> Tensor:
-    """The tensor that a parametrized one stands for, within the bounds of a verification.
-
-    Args:
-        expanded: A checkpoint whose bases are whole (``orthoserde.transforms.expand``).
-        record: One of its parametrized tensors.
-        registry: The user's codecs; a class that was merely registered is never built.
-
-    Raises:
-        NotComputable: It cannot be computed from the checkpoint alone; the message says why.
-        Misfit: The stored state is not one that the recorded configuration can have.
-    """
-    links = resolve(record, registry, registered=False)
-    return weight_of(expanded, record, links, max(SCRATCH_BYTES, expanded.manifest.nbytes))
 
 
 def _base_error(record: ParametrizedRecord, checkpoint: Checkpoint) -> float | None:

@@ -12,16 +12,16 @@ from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 
 from orthoserde import _torch
 from orthoserde.errors import Problem, UnsupportedModuleError
-from orthoserde.evaluate import computed
 from orthoserde.integrations import in_process
+from orthoserde.keys import prefixes_in, prefixes_of
 from orthoserde.manifest import join
-from orthoserde.names import prefixes_in, prefixes_of
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.parametrizations.hooks import other_hooks
-from orthoserde.registration import unregister
+from orthoserde.parametrizing import unregister
 from orthoserde.registry import Registry
 from orthoserde.reports import BakeReport
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
+from orthoserde.weights.live import computed
 
 
 def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:

@@ -6,7 +6,8 @@ error. Torch counts how often a tensor is written to in place, whoever holds it;
 captured checkpoint compares the counts with those of its capture before the result is taken for whole. Torch counts
 when an operation has ended, and one that was at work while its tensor was read may end later: a file compares when its
 bytes are on the disk, which is the last moment at which it can be refused. What is written through ``tensor.data`` or
-through NumPy is not counted, and a save that lies within one operation altogether is not seen.
+through NumPy is not counted, and an operation that is at work from before its tensor is read until after the comparison
+is not seen: on a busy machine its thread may wait for a processor for as long as a small save takes.
 """
 
 from __future__ import annotations

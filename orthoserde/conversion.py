@@ -16,10 +16,10 @@ from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
-from orthoserde.reports import shorten
 from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
 from orthoserde.watching import Progress, no_progress, watched
+from orthoserde.wording import shorten
 
 #: What a file can be converted to.
 Form = Literal["dense", "compact", "baked", "hooks", "torch", "pyreft", "pyreft-full"]
@@ -49,6 +49,14 @@ class ConversionReport:
         tensors: Number of tensors that were written.
         left_dense: Orthogonal tensors whose base had to stay whole (``compact`` alone).
         notes: What else is to be known: what was left out, and what it takes to load it; one sentence each.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(orthoserde.orthogonal(torch.nn.Linear(8, 4)), f"{folder}/model.safetensors")
+        ...     report = orthoserde.convert(f"{folder}/model.safetensors", f"{folder}/plain.safetensors", "baked")
+        >>> report.form, report.tensors
+        ('baked', 2)
     """
 
     source: str

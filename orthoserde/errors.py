@@ -10,29 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from orthoserde.wording import legible, legible_name
+
 ProblemKind = Literal["missing", "unexpected", "mismatch", "unsupported"]
 
 #: A message shows this many mismatches, and keys that are on one side only; the ``problems`` attribute holds all.
 SHOWN_PROBLEMS = 40
 SHOWN_KEYS = 12
-
-#: A message shows this many characters of a line, and of a name.
-SHOWN_CHARACTERS = 2000
-SHOWN_OF_A_NAME = 200
-
-
-def legible(text: str) -> str:
-    """A message in which names from the file of a stranger may stand, as it can be shown; lines stay lines."""
-    return "\n".join(legible_name(line, SHOWN_CHARACTERS) for line in text.split("\n"))
-
-
-def legible_name(name: str, most: int = SHOWN_OF_A_NAME) -> str:
-    """A name in one line: escape what a terminal would obey instead of show, and cut what is too long to be read."""
-    more = f"... ({len(name)} characters)" if len(name) > most else ""
-    shown = name[:most]
-    if not shown.isprintable():
-        shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
-    return shown + more
 
 
 @dataclass(frozen=True)
@@ -44,6 +28,17 @@ class Problem:
         kind: ``"missing"`` (the model has it, the file does not), ``"unexpected"`` (the other way round),
             ``"mismatch"`` (both have it and disagree), ``"unsupported"`` (it cannot be saved, restored or changed).
         text: What was expected, what was found, and what to do.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = orthoserde.save(torch.nn.Linear(3, 2), f"{folder}/model.safetensors")
+        ...     try:
+        ...         orthoserde.load(torch.nn.Linear(4, 2), f"{folder}/model.safetensors")
+        ...     except orthoserde.IncompatibleModelError as error:
+        ...         problems = error.problems
+        >>> [(problem.where, problem.kind) for problem in problems]
+        [('weight', 'mismatch')]
     """
 
     where: str
@@ -58,6 +53,14 @@ class OrthoserdeError(Exception):
     """Base of every error that orthoserde raises on purpose.
 
     Its text can be shown: the names that a file brings along cannot make a terminal do anything, nor fill it.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> try:
+        ...     orthoserde.load(torch.nn.Linear(2, 2), "no_such_file.safetensors")
+        ... except orthoserde.OrthoserdeError as error:
+        ...     print(type(error).__name__, isinstance(error, FileNotFoundError))
+        CheckpointNotFoundError True
     """
 
     def __str__(self) -> str:

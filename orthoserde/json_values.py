@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import TypeAlias, TypeGuard, Union
 
 from orthoserde.errors import ConfigError, FileFormatError
@@ -33,6 +34,13 @@ MAX_VALUES = 1 << 22
 _BEFORE_VALUES = "[{,"
 
 _DECODER = json.JSONDecoder()
+
+#: A string in which there are no escapes.
+_STRING = re.compile(r'"[^"]*"')
+_NO_BRACKETS = re.compile(r"[^\[\]{}]+")
+
+#: What each bracket does to the depth.
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD]")
 
@@ -69,6 +77,7 @@ def decode(text: str | bytes, where: str) -> JSON:
             text = text.decode("utf-8")
         if _count_values(text) > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES} values")
+        _check_depth(text)
         value: JSON = json.loads(
             text,
             object_pairs_hook=_unique,
@@ -76,7 +85,6 @@ def decode(text: str | bytes, where: str) -> JSON:
             parse_int=_bounded_int,
             parse_float=_finite_float,
         )
-        _check_depth(value)
         # Text that was UTF-8 holds lone surrogates only by way of escapes; only then is every string looked at.
         return to_json(value, -SURROUNDING_DEPTH) if _SURROGATE_ESCAPE.search(text) else value
     except (ValueError, ConfigError, RecursionError) as error:
@@ -101,14 +109,15 @@ def _count_values(text: str) -> int:
     return count
 
 
-def _check_depth(value: JSON) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH + SURROUNDING_DEPTH):
-        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
-        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
-        if not level:
-            return
-    raise ConfigError(f"nested deeper than {MAX_DEPTH + SURROUNDING_DEPTH} levels")
+def _check_depth(text: str) -> None:
+    """Refuse depth before Python's parser recurses into it: where its limit was raised, it ends the process instead."""
+    # Escaped quotes end no string. What is no JSON may be miscounted, but only behind what the parser stops at.
+    text = text.replace("\\\\", "").replace('\\"', "") if "\\" in text else text
+    if text.count('"') > 4 * MAX_VALUES:  # two around each string, of which a pair may have two
+        raise ValueError(f"it holds more than {2 * MAX_VALUES} strings")
+    brackets = _NO_BRACKETS.sub("", _STRING.sub("", text))[: 2 * MAX_VALUES]
+    if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH + SURROUNDING_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH + SURROUNDING_DEPTH} levels")
 
 
 def to_json(value: object, depth: int = 0) -> JSON:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch, evaluate
-from orthoserde.codec import own_tensors
+from orthoserde import _torch
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import own_tensors
 from orthoserde.walk import ParametrizedTensor, take_inventory
+from orthoserde.weights import live
 
 #: Takes one mapping for each parametrized tensor: names of metrics to strings and numbers, None where not measured.
 Sink = Callable[[Mapping[str, object]], None]
@@ -92,7 +93,7 @@ def _tensors(model: nn.Module) -> tuple[ParametrizedTensor, ...]:
 def _residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:
     on_meta = any(original.device.type == "meta" for original in tensor.originals.values())
     missing = any(None in _torch.own_buffers(_torch.unwrap(link)).values() for link in tensor.parametrizations)
-    return None if on_meta or missing else evaluate.residual(tensor, registry)
+    return None if on_meta or missing else live.residual(tensor, registry)
 
 
 def _norm(*tensors: Tensor) -> float | None:

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthoserde import _torch, audit
+from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, MissingPackageError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
-from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
-from orthoserde.reports import printable
 from orthoserde.storage.atomic import replacing
 from orthoserde.storage.writer import write_all
 from orthoserde.transforms import expand
+from orthoserde.weights.stored import Misfit, NotComputable, stored_weight
+from orthoserde.wording import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,7 @@ def _rows(checkpoint: Checkpoint, registry: Registry) -> tuple[list[_Row], dict[
                 left_out[record.name] = f"a picture shows {MOST_TENSORS}"
                 continue
             try:
-                weight = audit.stored_weight(expanded, record, registry)
+                weight = stored_weight(expanded, record, registry)
             except (NotComputable, Misfit) as reason:
                 left_out[record.name] = str(reason)
                 continue

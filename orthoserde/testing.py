@@ -36,6 +36,26 @@ def assert_continues(
         AssertionError: It does not; the message is the proof.
         ConfigError: ``within`` without a reference; or as :func:`orthoserde.prove` says.
         ProofError: As :func:`orthoserde.prove` says.
+
+    Example:
+        >>> import pathlib, sys, tempfile, torch, orthoserde
+        >>> from orthoserde.testing import assert_continues
+        >>> code = '''
+        ... import torch
+        ... def make():
+        ...     return torch.nn.Linear(2, 1)
+        ... def step(model):
+        ...     return model(torch.ones(2))
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "my_model.py").write_text(code)
+        ...     sys.path.insert(0, folder)
+        ...     import my_model
+        ...     saved = orthoserde.save(my_model.make(), f"{folder}/model.safetensors")
+        ...     proof = assert_continues(f"{folder}/model.safetensors", my_model.make, my_model.step, steps=1)
+        ...     sys.path.remove(folder)
+        >>> str(proof.grade)
+        'deterministic'
     """
     if within is not None and reference is None:
         raise ConfigError("within: two fresh loads are compared bit by bit; give a reference")

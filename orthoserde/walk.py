@@ -35,6 +35,13 @@ class ParametrizedTensor:
         aliases: Other paths under which the same module object stands in the model.
         hook_names: Where an older hook of torch computes the tensor instead of parametrizations: names in the module of
             its tensors, by ``original...`` and ``0.role``.
+
+    Example:
+        >>> import torch, orthoserde
+        >>> model = torch.nn.Sequential(orthoserde.orthogonal(torch.nn.Linear(8, 4)))
+        >>> (record,) = orthoserde.parametrized_tensors(model)
+        >>> record.name, record.key("0.base")
+        ('0.weight', '0.parametrizations.weight.0.base')
     """
 
     module_path: str

@@ -17,9 +17,9 @@ from torch.optim import SGD, Adam, Optimizer
 
 import orthoserde
 from orthoserde import CanonicalizeError, CanonicalizeReport, Fidelity
+from orthoserde.charts import apply
 from orthoserde.completion import Completion, complete
 from orthoserde.parametrizations.orthogonal import tall
-from orthoserde.rechart import apply
 from tests.helpers import assert_unchanged, bits, same_bits, snapshot
 from tests.test_charts import Holder, link, weight_of
 

@@ -154,6 +154,7 @@ def test_no_random_numbers_are_drawn() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 70))
 def test_the_tree_sum_is_a_sum(count: int) -> None:
     values = torch.arange(count, dtype=torch.float64)

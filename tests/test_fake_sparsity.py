@@ -20,8 +20,8 @@ from torch.nn.utils.parametrizations import orthogonal
 import orthoserde
 from orthoserde import ConfigError, Fidelity, IncompatibleModelError, Registry, storage
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.codec import Codec
 from orthoserde.parametrizations import codec_for_kind, codec_for_type
+from orthoserde.registry.codec import Codec
 from tests.helpers import assert_same_state, assert_unchanged, snapshot
 
 FakeSparsity: Any = utils.FakeSparsity  # torch does not annotate it

@@ -4,6 +4,8 @@ import collections
 import enum
 import json
 import math
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -166,6 +168,30 @@ class Point(NamedTuple):
 
 loop: list[Any] = []
 loop.append(loop)
+
+
+@pytest.mark.parametrize("brackets", ["[]", "{}"])
+def test_depth_ends_no_process_whose_limit_of_recursion_was_raised(brackets: str) -> None:
+    code = (
+        "import sys; from orthoserde import json_values; from orthoserde.errors import FileFormatError\n"
+        "sys.setrecursionlimit(10**7)\n"
+        f"text = {nested(1, brackets).partition('1')[0]!r} * 10**6\n"
+        "try: json_values.decode(text, 'f')\n"
+        "except FileFormatError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "f: not valid JSON: nested deeper than 80 levels\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *['"' + "[" * 100 + '"', '["' + "[{" * 99 + '"]', '"\\"' + "[" * 100 + '"', '"\\\\\\"' + "[" * 100 + '"'],
+        *['{"a\\\\":"[' + "[" * 100 + '"}', '{"' + "\\\\" * 9 + '":["' + "]" * 100 + '"]}', "[" + "[]," * 99 + "[]]"],
+    ],
+)
+def test_brackets_in_strings_and_side_by_side_are_not_deep(text: str) -> None:
+    assert same(json_values.decode(text, "f"), json.loads(text))
 
 
 @pytest.mark.parametrize(

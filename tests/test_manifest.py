@@ -19,7 +19,7 @@ from orthoserde.manifest import (
     TensorRecord,
     join,
 )
-from orthoserde.manifest_json import decode_manifest, encode_manifest
+from orthoserde.manifest.as_json import decode_manifest, encode_manifest
 from tests.storage.strategies import manifests
 
 DIGEST = "0123456789abcdef" * 2

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 import orthoserde
-from orthoserde import evaluate
+from orthoserde.weights import live
 
 KEYS = {"event", "tensor", "residual_before", "residual", "original_norm", "base_norm", "bytes", "seconds"}
 
@@ -83,7 +83,7 @@ def test_off_nothing_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise AssertionError("evaluated")
 
     monkeypatch.delenv("ORTHOSERDE_DEBUG", raising=False)
-    monkeypatch.setattr(evaluate, "computed", refuse)
+    monkeypatch.setattr(live, "computed", refuse)
     model = make()
     orthoserde.save(model, tmp_path / "m")
     orthoserde.load(model, tmp_path / "m")

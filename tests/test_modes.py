@@ -64,3 +64,23 @@ def test_a_computed_weight_is_loaded_whatever_is_switched_on(tmp_path: Path, aro
             return
         orthoserde.load(model, tmp_path / "m.pt")
     assert same_bits(cast("torch.Tensor", model.weight), weight)
+
+
+def test_no_call_of_torch_takes_a_detour_where_the_cpu_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detours: list[object] = []
+
+    class Counting(torch.utils._device.DeviceContext):
+        def __torch_function__(self, func: object, *rest: object) -> object:
+            detours.append(func)
+            return super().__torch_function__(func, *rest)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(torch.utils._device, "DeviceContext", Counting)
+    model = orthogonal(nn.Linear(8, 4))
+    orthoserde.save(model, tmp_path / "m")
+    orthoserde.load(model, tmp_path / "m")
+    assert not detours
+    with torch.device("meta"):
+        orthoserde.load(model, tmp_path / "m")
+    assert detours

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -196,3 +198,13 @@ def test_a_load_says_what_it_has_widened(tmp_path: Path) -> None:
     report = orthoserde.load(nn.Linear(3, 2), tmp_path / "m")
     assert report.fidelity is orthoserde.Fidelity.UNVERIFIED
     assert "float16 restored as float32: weight, bias" in str(report)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_reports_of_a_file_whose_name_is_no_text_can_be_printed(tmp_path: Path) -> None:
+    path, model = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b[2J"), nn.Linear(2, 2)
+    reports = (orthoserde.save(model, path), orthoserde.load(model, path), orthoserde.verify(path))
+    for report in reports:
+        assert r"\udcff\x1b[2J" in str(report)
+        assert str(report).replace("\n", "").isprintable()
+    assert [report.path for report in reports] == [path] * 3

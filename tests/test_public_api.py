@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -10,36 +11,17 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import orthoserde
+from orthoserde import errors
 from orthoserde.folder import SaveArguments
+from orthoserde.integrations import loreft
+from tests.public_surface import PINNED, public, surface
 
 ROOT = Path(__file__).parent.parent
-
-SIGNATURES = {
-    "build": "(path, *, device=None, registry=None)",
-    "save": (
-        "(model, path, *, optimizer=None, state=None, rng=False, base='auto', include_weights=False, select=None, "
-        "metadata=None, registry=None, max_shard_size=None, debug=None)"
-    ),
-    "load": (
-        "(model, path, *, strict=True, optimizer=None, state=None, rng=False, reset=(), legacy='inference', "
-        "reparametrize=True, device=None, verify=True, registry=None, debug=None)"
-    ),
-    "inspect": "(path)",
-    "prove": "(path, make, step, *, reference=None, steps=3)",
-    "verify": "(path, *, registry=None)",
-    "register": "(kind, version=1, *, adapter=False)",
-    "parametrized_tensors": "(model)",
-    "diagnose": "(model, optimizer=None)",
-    "convert": "(source, target, form, *, force=False, registry=None, progress=None)",
-    "bake_": "(model, *, registry=None)",
-    "canonicalize_": "(model, *, optimizer=None, reset_state=False)",
-    "Checkpoints": "(folder, *, keep=3, mode='min', prefix='step')",
-    "orthogonal": "(module, name='weight', orthogonal_map=None, *, use_trivialization=True, structured=False)",
-}
 
 ERRORS = {
     "AdapterError": RuntimeError,
@@ -62,44 +44,48 @@ ERRORS = {
     "UnsupportedModuleError": RuntimeError,
 }
 
-VALUES = {
-    "BakeReport",
-    "CanonicalizeReport",
-    "ConversionReport",
-    "ChartReport",
-    "Codec",
-    "Difference",
-    "Fidelity",
-    "Finding",
-    "Grade",
-    "LegacyCheckpointWarning",
-    "LoadReport",
-    "Manifest",
-    "ParametrizedTensor",
-    "Problem",
-    "Proof",
-    "Registry",
-    "SaveReport",
-    "Severity",
-    "TensorReport",
-    "TrainingTrapWarning",
-    "VerifyReport",
-    "__version__",
-    "default_registry",
+#: What users call; the rest are what these return, raise or take.
+FUNCTIONS = {
+    "bake_",
+    "build",
+    "canonicalize_",
+    "convert",
+    "diagnose",
+    "inspect",
+    "load",
+    "orthogonal",
+    "parametrized_tensors",
+    "prove",
+    "register",
+    "save",
+    "verify",
 }
 
 
-def test_the_names_are_these() -> None:
-    assert set(orthoserde.__all__) == SIGNATURES.keys() | ERRORS.keys() | VALUES
-    assert all(hasattr(orthoserde, name) for name in orthoserde.__all__)
+def test_the_public_surface_is_the_pinned_one() -> None:
+    assert surface() == PINNED.read_text(encoding="utf-8"), "python -m tests.public_surface writes it anew"
 
 
-@pytest.mark.parametrize("name", sorted(SIGNATURES))
-def test_the_signatures_are_these(name: str) -> None:
-    signature = inspect.signature(getattr(orthoserde, name))
-    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
-    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
-    assert str(inspect.Signature(bare)) == SIGNATURES[name]
+def test_every_public_name_is_there_and_pinned() -> None:
+    assert len(set(orthoserde.__all__)) == len(orthoserde.__all__)
+    assert {f"orthoserde.{name}" for name in orthoserde.__all__} <= {name for name, _ in public()}
+    called = {name for name in orthoserde.__all__ if inspect.isroutine(getattr(orthoserde, name))}
+    assert called == FUNCTIONS
+    assert {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)
+    } == {
+        *ERRORS,
+        "LegacyCheckpointWarning",
+        "TrainingTrapWarning",
+    }
+
+
+def test_everything_public_is_annotated() -> None:
+    for name, value in public():
+        if not inspect.isclass(value) and callable(value):
+            signature = inspect.signature(value)
+            annotations = [parameter.annotation for parameter in signature.parameters.values()]
+            assert inspect.Parameter.empty not in [*annotations, signature.return_annotation], name
 
 
 @pytest.mark.parametrize("name", sorted(ERRORS))
@@ -121,13 +107,42 @@ def test_everything_public_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(orthoserde, name))
 
 
-@pytest.mark.parametrize(
-    "function", ["save", "load", "inspect", "verify", "orthogonal", "canonicalize_", "Checkpoints", "prove", "diagnose"]
-)
-def test_a_docstring_names_every_argument(function: str) -> None:
-    text = inspect.getdoc(getattr(orthoserde, function)) or ""
-    for parameter in inspect.signature(getattr(orthoserde, function)).parameters:
-        assert f"    {parameter}: " in text
+PUBLIC: dict[str, Any] = dict(public())
+
+#: Public functions, and methods of public classes, by their full names; of a class the constructor.
+CALLS = {
+    **{name: value for name, value in PUBLIC.items() if callable(value) and not inspect.isclass(value)},
+    "orthoserde.Checkpoints": orthoserde.Checkpoints,
+    "orthoserde.integrations.loreft.Adapter": loreft.Adapter,
+    "orthoserde.integrations.loreft.LoReFT": loreft.LoReFT,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_docstring_names_every_argument(name: str) -> None:
+    text = inspect.getdoc(CALLS[name]) or ""
+    for parameter in inspect.signature(CALLS[name]).parameters:
+        assert f"\n    {parameter}: " in text
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isclass(value)])
+def test_the_docstring_of_a_value_names_every_attribute(name: str) -> None:
+    value = PUBLIC[name]
+    if dataclasses.is_dataclass(value):
+        text = inspect.getdoc(value) or ""
+        shown = [each.name for each in dataclasses.fields(value) if each.repr]
+        assert [each for each in shown if f"\n    {each}: " not in text] == []
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_public_has_an_example(name: str) -> None:
+    value = PUBLIC[name]
+    if isinstance(value, type) and issubclass(value, Exception) and value is not orthoserde.OrthoserdeError:
+        return  # that of the family shows how one is caught; the reference of errors has what each is about
+    if name in ("orthoserde.folder.SaveArguments", "orthoserde.integrations.pyreft.write"):
+        return  # the one is the arguments of `save`, of the other docs/how-to has blocks that need pyreft
+    if inspect.isclass(value) or callable(value):
+        assert "Example:\n    >>> " in (inspect.getdoc(value) or "")
 
 
 def test_a_checkpoints_save_takes_every_argument_of_a_save_but_that_of_folders() -> None:
@@ -186,6 +201,16 @@ def test_importing_the_package_imports_none_of_its_rooms() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split("\n")[0] == "['orthoserde', 'orthoserde._version'] False"
+
+
+def test_importing_the_package_takes_a_moment() -> None:
+    code = "import time; before = time.process_time(); import orthoserde; print(time.process_time() - before)"
+    taken = [
+        float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    # In seconds of the processor, which other processes do not change: a few milliseconds. Torch alone takes a second.
+    assert min(taken) < 0.1
 
 
 def test_a_type_checker_sees_each_name_where_it_is_found() -> None:

@@ -24,7 +24,7 @@ from orthoserde import (
     Registry,
 )
 from orthoserde.parametrizations import BUILT_IN_CODECS, codec_for_type
-from orthoserde.registered_class import RegisteredClass
+from orthoserde.registry.registered_class import RegisteredClass
 
 
 def config_of(registry: Registry, module: nn.Module) -> Mapping[str, Any] | None:

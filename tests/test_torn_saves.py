@@ -14,6 +14,7 @@ from torch import nn
 import orthoserde
 from orthoserde import TornSaveError
 from orthoserde.capture import capture
+from orthoserde.checkpoint import Checkpoint
 from orthoserde.registry import default_registry
 from orthoserde.storage import writer
 from orthoserde.tensor_bytes import Digest
@@ -119,18 +120,32 @@ def test_inference_tensors_which_torch_does_not_count_are_saved(tmp_path: Path) 
     assert orthoserde.verify(tmp_path / "model").ok
 
 
-def test_saves_while_another_thread_trains_are_refused_or_whole(tmp_path: Path) -> None:
-    """Every step adds one to all tensors, so a file of one step holds one number."""
+def test_saves_while_another_thread_trains_are_refused_or_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step adds one to all tensors, so a file of one step holds one number.
+
+    An operation is counted when it has ended. Each ends before the counts are compared, for on a busy machine one may
+    be at work from before its tensor is read until after that, which nobody can see.
+    """
     model = nn.ParameterList([nn.Parameter(torch.zeros(1 << 16)) for _ in range(40)])
     stop = threading.Event()
-    between = threading.Lock()
+    between, operating = threading.Lock(), threading.Lock()
+    compare = Checkpoint.check_unchanged
+
+    def compare_between_operations(checkpoint: Checkpoint) -> None:
+        with operating:
+            compare(checkpoint)
+
+    monkeypatch.setattr(Checkpoint, "check_unchanged", compare_between_operations)
 
     def train() -> None:
         with torch.no_grad():
             while not stop.is_set():
                 with between:
                     for parameter in model:
-                        parameter.add_(1)
+                        with operating:
+                            parameter.add_(1)
 
     outcomes: list[str] = []
     thread = threading.Thread(target=train)
@@ -152,6 +167,21 @@ def test_saves_while_another_thread_trains_are_refused_or_whole(tmp_path: Path) 
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_build_without_the_comparison_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests above refuse is then a file of two steps, which nothing else finds."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(4)) for _ in range(2)])
+
+    def step() -> None:
+        for key in model.state_dict():
+            add_one(model, key)
+
+    in_the_middle(monkeypatch, step)
+    monkeypatch.setattr(Checkpoint, "check_unchanged", lambda checkpoint: None)
+    orthoserde.save(model, tmp_path / "model")
+    assert {value for key in ("0", "1") for value in _values(tmp_path / "model", key)} == {0, 1}
+    assert orthoserde.verify(tmp_path / "model").ok
 
 
 def _values(path: Path, key: str) -> list[float]:

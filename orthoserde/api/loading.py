@@ -98,6 +98,18 @@ def load(
         FileFormatError: Not a safetensors file, a newer format (``FormatVersionError``), or damaged
             (``DamagedFileError``).
         LoadInterruptedError: Reading failed after the first write: the one case in which the model is partly written.
+
+    Example:
+        >>> import tempfile, torch, orthoserde
+        >>> model = orthoserde.orthogonal(torch.nn.Linear(8, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/model.safetensors"
+        ...     saved = orthoserde.save(model, path, optimizer=optimizer, state={"step": 7}, rng=True)
+        ...     report = orthoserde.load(model, path, optimizer=optimizer, state={"step": 0}, rng=True)
+        >>> report.fidelity, report.state["step"]
+        (<Fidelity.EXACT: 3>, 7)
+        >>> missing_keys, unexpected_keys = report
     """
     registry = in_process(registry)
     extended = with_neighbours(registry, model)

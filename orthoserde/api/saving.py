@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from orthoserde import storage
 from orthoserde.api.neighbours import with_neighbours
-from orthoserde.capture import capture
+from orthoserde.capture import Select, capture
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError
 from orthoserde.integrations import in_process
@@ -21,7 +21,6 @@ from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
-from orthoserde.scope import Select
 from orthoserde.training import with_training
 from orthoserde.transforms import compact, compact_all
 from orthoserde.traps import warn_of_traps

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
-from orthoserde.reports import printable
+from orthoserde.wording import printable
 
 #: A list shows this many entries and counts the rest.
 SHOWN = 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orthoserde.comparison import DiffReport, Pair, TensorDifference
+from orthoserde.comparison.distances import Distance, OnManifold
 from orthoserde.conversion import ConversionReport
-from orthoserde.distances import Distance, OnManifold
 from orthoserde.manifest import Manifest, ParametrizedRecord
 from orthoserde.plots import PlotReport
 from orthoserde.reports import VerifyReport

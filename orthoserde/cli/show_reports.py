@@ -9,8 +9,8 @@ from rich.text import Text
 from orthoserde import json_values
 from orthoserde.cli.layout import SHOWN, Row, heading, listed, pair, reasons, sections, table
 from orthoserde.comparison import DiffReport, Pair, TensorDifference
+from orthoserde.comparison.distances import Distance
 from orthoserde.conversion import ConversionReport
-from orthoserde.distances import Distance
 from orthoserde.plots import PlotReport
 from orthoserde.reports import VerifyReport
 

@@ -17,7 +17,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from orthoserde.reports import printable
+from orthoserde.wording import printable
 
 #: Columns where there is no terminal to ask, and the fewest that tables are made for.
 PIPE_WIDTH, LEAST_WIDTH = 100, 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from orthoserde.distances import Distance, OnManifold
+from orthoserde.comparison.distances import Distance, OnManifold
 from orthoserde.json_values import JSON
 
 #: Two values of one thing, of the first checkpoint and of the second; None for what one of them does not have.

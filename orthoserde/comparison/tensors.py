@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from orthoserde import audit, distances
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.comparison import distances
+from orthoserde.comparison.distances import Distance
 from orthoserde.comparison.report import PLAIN, Pair, TensorDifference
-from orthoserde.distances import Distance
 from orthoserde.json_values import JSON, differences
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED, ParametrizedRecord, TensorRecord, join
-from orthoserde.recompute import Misfit, NotComputable
 from orthoserde.registry import Registry
 from orthoserde.transforms import expand, hook_keys, to_parametrizations, unstructure
+from orthoserde.weights.stored import Misfit, NotComputable, stored_weight
 
 _ORTHONORMAL = frozenset({ORTHOGONAL, STRUCTURED})
 
@@ -72,11 +72,11 @@ class Side:
         return self.whole.manifest.tensors[self.whole.manifest.kept_key(key)]
 
     def value(self, name: str, registry: Registry) -> Tensor:
-        """The tensor that a name stands for; raises as ``audit.stored_weight`` does."""
+        """The tensor that a name stands for; raises as ``stored_weight`` does."""
         record = self.records.get(name)
         if record is None:
             return self.whole.tensor(name)
-        return audit.stored_weight(self.whole, record, registry)
+        return stored_weight(self.whole, record, registry)
 
 
 def _under_aliases(record: ParametrizedRecord) -> set[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orthoserde import distances
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.comparison import distances
+from orthoserde.comparison.distances import Distance
 from orthoserde.comparison.report import Pair
-from orthoserde.distances import Distance
 from orthoserde.json_values import JSON, same
-from orthoserde.training_record import TrainingRecord
+from orthoserde.manifest.training import TrainingRecord
 
 #: The place that stands for all training state.
 ALL = ""
@@ -77,12 +77,12 @@ def _leaves(record: TrainingRecord) -> Iterator[tuple[str, JSON | _Stored]]:
 
 
 def _walk(value: JSON, where: str) -> Iterator[tuple[str, JSON | _Stored]]:
-    """The leaves of a tree, see Note [Trees] of ``state_tree``; reading the file has checked that it is one."""
+    """The leaves of a tree, see Note [Trees] in ``manifest/trees.py``; reading the file has checked that it is one."""
     if isinstance(value, dict):
         ((sort, inner),) = value.items()
         if sort == "tensor":
             yield where, _Stored(str(inner))
-        elif sort == "float":
+        elif sort in ("float", "integer"):
             yield where, inner
         elif isinstance(inner, list) and sort != "tuple":
             for pair in inner:

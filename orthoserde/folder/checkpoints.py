@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde.api import Base, Prepared, prepare
+from orthoserde.capture import Select
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, FileFormatError
 from orthoserde.folder import record
@@ -22,7 +23,6 @@ from orthoserde.folder.record import Mode, Record
 from orthoserde.metrics import Sink
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
-from orthoserde.scope import Select
 from orthoserde.traps import warn_of_traps
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from orthoserde.codec import Codec
 from orthoserde.parametrizations import fake_sparsity
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.parametrizations.spectral_norm import SpectralNormCodec
 from orthoserde.parametrizations.structured import StructuredCodec
 from orthoserde.parametrizations.weight_norm import WeightNormCodec
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec
 
 BUILT_IN_CODECS: tuple[Codec, ...] = (OrthogonalCodec(), StructuredCodec(), WeightNormCodec(), SpectralNormCodec())
 

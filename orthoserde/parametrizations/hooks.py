@@ -27,12 +27,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from orthoserde import _torch
-from orthoserde.codec import Codec
 from orthoserde.json_values import JSON
 from orthoserde.manifest import FAKE_SPARSITY, HOOK_SUFFIXES, SPECTRAL_NORM, WEIGHT_NORM
 from orthoserde.parametrizations import fake_sparsity
 from orthoserde.parametrizations.spectral_norm import SpectralNormCodec
 from orthoserde.parametrizations.weight_norm import WeightNormCodec
+from orthoserde.registry.codec import Codec
 
 
 @dataclass(frozen=True, slots=True)

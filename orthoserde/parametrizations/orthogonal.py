@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import OneVersion, own_tensors
 from orthoserde.completion import complete
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ORTHOGONAL
+from orthoserde.registry.codec import OneVersion, own_tensors
 
 # Note [Rounding or damage]
 # Measured in float32 on weights of torch's three maps, 4 x 4 to 1024 x 1024, in units of eps: the largest entry of

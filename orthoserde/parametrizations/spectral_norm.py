@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import OneVersion, own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import SPECTRAL_NORM
+from orthoserde.registry.codec import OneVersion, own_tensors
 
 #: More power iterations than anybody wants; a file that asks for more would only make training hang.
 MOST_ITERATIONS = 1_000_000

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import OneVersion, Unconstrained
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import WEIGHT_NORM
+from orthoserde.registry.codec import OneVersion, Unconstrained
 
 
 class WeightNormCodec(OneVersion, Unconstrained):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from orthoserde import api, storage
 from orthoserde.errors import LegacyCheckpointWarning
+from orthoserde.manifest.training import TrainingRecord
 from orthoserde.proof.compare import Seen, from_file, seen
 from orthoserde.proof.held import Made, live, saved
 from orthoserde.proof.report import Difference
 from orthoserde.proof.settings import Settings, seed_generators
 from orthoserde.reports import Fidelity
 from orthoserde.training.optimizers import labelled
-from orthoserde.training_record import TrainingRecord
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.state_tree import decode_tree
+from orthoserde.manifest.training import PREFIX, TrainingRecord
+from orthoserde.manifest.trees import decode_tree
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.training import with_training
 from orthoserde.training.optimizers import labelled, place_of
-from orthoserde.training_record import PREFIX, TrainingRecord
 from orthoserde.transforms import expand
 from orthoserde.walk import take_inventory
 

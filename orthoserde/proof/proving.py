@@ -70,6 +70,32 @@ def prove(
         CheckpointNotFoundError: There is no such file.
         FileAccessError: The system refuses to open or read it.
         FileFormatError: It is not a checkpoint, or damaged.
+
+    Example:
+        >>> import pathlib, sys, tempfile, torch, orthoserde
+        >>> code = '''
+        ... import torch
+        ... def make():
+        ...     model = torch.nn.Linear(3, 1)
+        ...     return model, torch.optim.SGD(model.parameters(), lr=0.1)
+        ... def step(model, optimizer):
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(2, 3)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     return loss
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "my_run.py").write_text(code)
+        ...     sys.path.insert(0, folder)
+        ...     import my_run
+        ...     model, optimizer = my_run.make()
+        ...     saved = orthoserde.save(model, f"{folder}/step-0.safetensors", optimizer=optimizer)
+        ...     losses = [my_run.step(model, optimizer) for _ in range(3)]
+        ...     proof = orthoserde.prove(f"{folder}/step-0.safetensors", my_run.make, my_run.step, reference=losses)
+        ...     sys.path.remove(folder)
+        >>> str(proof.grade), proof.max_difference
+        ('bit-exact', 0.0)
     """
     if type(steps) is not int or steps < 1:
         raise ConfigError(f"steps: expected a number of steps from 1 on, got {steps!r}")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from orthoserde.reports import Fidelity, printable
+from orthoserde.reports import Fidelity
+from orthoserde.wording import printable
 
 
 class Grade(enum.IntEnum):
@@ -21,6 +22,11 @@ class Grade(enum.IntEnum):
     of the run that was saved is not known.
 
     ``DIVERGES``: something differs by more.
+
+    Example:
+        >>> import orthoserde
+        >>> orthoserde.Grade.BIT_EXACT > orthoserde.Grade.WITHIN > orthoserde.Grade.DETERMINISTIC
+        True
     """
 
     DIVERGES = 0
@@ -45,6 +51,11 @@ class Difference:
         relative: The same in units of the largest finite value of the reference; infinite where the two cannot be
             subtracted; None where it was not measured.
         within: Whether rounding accounts for it.
+
+    Example:
+        >>> import orthoserde
+        >>> print(orthoserde.Difference(1, "loss", "0.5, expected 0.25", absolute=0.25, relative=1.0, within=False))
+        step 1, loss: 0.5, expected 0.25
     """
 
     step: int
@@ -77,6 +88,16 @@ class Proof:
         losses: What ``step`` returned, step by step.
         environment: Under which settings this was found, by name.
         notes: What else the caller should know, one sentence each.
+
+    Example:
+        >>> import orthoserde
+        >>> proof = orthoserde.Proof(
+        ...     path="/run/step-7", grade=orthoserde.Grade.BIT_EXACT, steps=3, compared=("losses",),
+        ...     fidelity=orthoserde.Fidelity.EXACT, max_difference=0.0, environment={"threads": "2"},
+        ... )
+        >>> print(proof)
+        /run/step-7: bit-exact, 3 steps against the reference
+          compared: losses; loaded EXACT; threads 2
     """
 
     path: str

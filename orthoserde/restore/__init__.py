@@ -9,9 +9,8 @@ from typing import get_args
 import torch
 from torch import nn
 
-from orthoserde import _torch, evaluate
+from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.codec import current_config
 from orthoserde.errors import (
     ConfigError,
     IncompatibleModelError,
@@ -19,10 +18,11 @@ from orthoserde.errors import (
     Problem,
     TrainingTrapWarning,
 )
+from orthoserde.manifest.training import TrainingRecord
 from orthoserde.parametrizations.structured import Orthogonal
-from orthoserde.recompute import one_line
 from orthoserde.registry import Registry
-from orthoserde.reports import Fidelity, LoadReport, TensorReport, shorten
+from orthoserde.registry.codec import current_config
+from orthoserde.reports import Fidelity, LoadReport, TensorReport
 from orthoserde.restore.apply import apply
 from orthoserde.restore.baked import bake_bare
 from orthoserde.restore.check import check_bases, check_digests, check_ties
@@ -31,9 +31,10 @@ from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
 from orthoserde.training import NOTHING, Targets, plan_training
-from orthoserde.training_record import TrainingRecord
 from orthoserde.transforms import expand
 from orthoserde.walk import ParametrizedTensor, take_inventory
+from orthoserde.weights import live
+from orthoserde.wording import one_line, shorten
 
 
 def restore(
@@ -133,7 +134,7 @@ def _settle(plan: Plan, registry: Registry) -> None:
 def _settle_hook(tensor: ParametrizedTensor, plan: Plan, registry: Registry) -> None:
     """Give a module the weight that its hook would compute in evaluation mode."""
     try:
-        vars(tensor.module)[tensor.tensor_name] = evaluate.computed(tensor, registry)
+        vars(tensor.module)[tensor.tensor_name] = live.computed(tensor, registry)
     except RuntimeError as error:  # torch has no such operation for these dtypes, nor will the hook have
         plan.notes.append(f"{tensor.name}: its state is loaded, and its weight cannot be computed: {one_line(error)}")
 
@@ -283,7 +284,7 @@ def _residual(module: nn.Module, tensor_name: str, registry: Registry) -> float 
     inventory = take_inventory(module)
     for tensor in (*inventory.parametrized, *inventory.hooked):
         if tensor.module is module and tensor.tensor_name == tensor_name:
-            return evaluate.residual(tensor, registry)
+            return live.residual(tensor, registry)
     return None
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import current_config
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.manifest import OPAQUE, ParametrizationRecord, ParametrizedRecord, TensorRecord
 from orthoserde.parametrizations import codec_for_kind
-from orthoserde.registration import register_given
+from orthoserde.parametrizing import register_given
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import current_config
 from orthoserde.tensor_bytes import DTYPES
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, LegacyCheckpointWarning, Problem
 from orthoserde.registry import Registry
-from orthoserde.reports import Fidelity, shorten
+from orthoserde.reports import Fidelity
 from orthoserde.restore.legacy import Legacy
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.transforms.bake import bake
 from orthoserde.transforms.forms import normed_tensors
 from orthoserde.walk import Inventory, Slot
+from orthoserde.wording import shorten
 
 
 @dataclass(frozen=True)

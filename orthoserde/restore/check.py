@@ -8,12 +8,11 @@ import torch
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import DamagedFileError
-from orthoserde.reports import shorten
 from orthoserde.restore.plan import Plan, Write
 from orthoserde.tensor_bytes import digest_of, iter_bytes, span
 from orthoserde.transforms import check_columns
 from orthoserde.walk import identity
-from orthoserde.wording import counted
+from orthoserde.wording import counted, shorten
 
 
 def check_digests(checkpoint: Checkpoint) -> None:

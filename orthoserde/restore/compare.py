@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from orthoserde import _torch
-from orthoserde.codec import Codec, current_config
 from orthoserde.errors import ConfigError, Problem
 from orthoserde.json_values import JSON, differences
 from orthoserde.manifest import OPAQUE, Manifest, ModuleRecord, ParametrizationRecord, ParametrizedRecord, qualname_of
 from orthoserde.parametrizations import codec_for_kind, codec_for_type
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec, current_config
 from orthoserde.reports import Fidelity
 from orthoserde.walk import ParametrizedTensor
 
 #: A message shows a list whole up to this many characters.
-SHOWN_CHARACTERS = 60
+SHOWN_OF_A_LIST = 60
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _compare_config(
 def _shown(value: JSON) -> str:
     """A value for a message: lists are counted and not shown if they are long."""
     text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS or not isinstance(value, list) else f"a list of {len(value)}"
+    return text if len(text) <= SHOWN_OF_A_LIST or not isinstance(value, list) else f"a list of {len(value)}"
 
 
 def kinds_of(record: ParametrizedRecord) -> str:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import Problem
-from orthoserde.evaluate import codecs_of
+from orthoserde.keys import tensor_names
 from orthoserde.manifest import HOOK_SUFFIXES, ORTHOGONAL, SPECTRAL_NORM, STRUCTURED, ParametrizedRecord, join
-from orthoserde.names import tensor_names
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
 from orthoserde.restore.check import check_digests
@@ -20,6 +19,7 @@ from orthoserde.restore.plan import Plan
 from orthoserde.transforms import structure, unstructure
 from orthoserde.transforms.forms import NormedTensor, convert, normed_tensors
 from orthoserde.walk import Inventory
+from orthoserde.weights.live import codecs_of
 
 _REASONS = {
     STRUCTURED: "the base in the file is not the canonical completion of its first columns, or tied to another tensor, "

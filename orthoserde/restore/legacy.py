@@ -16,16 +16,16 @@ from torch import Tensor
 
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
-from orthoserde.codec import Codec, residual_of
 from orthoserde.errors import ConfigError, DamagedFileError, Problem
-from orthoserde.evaluate import codecs_of
 from orthoserde.json_values import JSON
+from orthoserde.keys import hook_prefixes, parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.manifest import TensorRecord
-from orthoserde.names import hook_prefixes, parts_by_prefix, prefixes_of, tensor_names
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec, residual_of
 from orthoserde.tensor_bytes import DTYPES, Digest, digest_of, dtype_name, is_lossless
 from orthoserde.transforms.rewriting import keep_aliases
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
+from orthoserde.weights.live import codecs_of
 
 #: What to do with computed weights: take them, refuse them, or take damaged ones too, projected or as they are.
 Legacy = Literal["inference", "refuse", "project", "keep"]

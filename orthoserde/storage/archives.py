@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from orthoserde.errors import FileFormatError
 from orthoserde.storage.pickles import MAX_PICKLE_BYTES
+from orthoserde.wording import one_line
 
 #: The end of an archive without a comment, of the usual size and of the large one.
 _END = struct.Struct("<4s4H2LH")
@@ -89,7 +90,7 @@ def read_archive(file: io.FileIO, size: int, name: str) -> Archive:
         *(zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, NotImplementedError),
         *(RuntimeError, EOFError, OSError, OverflowError, ValueError),
     ) as error:
-        raise FileFormatError(f"{name}: a damaged archive: {_first_line(error)}") from error
+        raise FileFormatError(f"{name}: a damaged archive: {one_line(error)}") from error
     pickles = [data for which, data in read.items() if which.lower().endswith("data.pkl")]
     if len(pickles) != 1:
         raise FileFormatError(f"{name}: expected an archive with one pickle, got {len(pickles)}")
@@ -139,8 +140,3 @@ def _check_members(members: list[zipfile.ZipInfo], table: int, name: str) -> Non
         position = member.header_offset + _LOCAL_BYTES + len(member.orig_filename) + member.file_size
     if position > table:
         raise FileFormatError(f"{name}: an archive whose members lie over each other")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -16,7 +16,7 @@ from orthoserde import json_values
 from orthoserde.errors import DamagedFileError, FileFormatError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.manifest_json import decode_manifest, encode_manifest
+from orthoserde.manifest.as_json import decode_manifest, encode_manifest
 from orthoserde.storage.container import Entry, Header, container_form, encode_header, storage_order
 from orthoserde.tensor_bytes import contiguous_strides
 

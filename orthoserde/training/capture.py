@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.state_tree import encode_tree
+from orthoserde.manifest.training import TrainingRecord
+from orthoserde.manifest.trees import encode_tree
 from orthoserde.training import rng as generators
 from orthoserde.training.objects import records_of
 from orthoserde.training.optimizers import labelled, record_of
 from orthoserde.training.sources import Sources
-from orthoserde.training_record import TrainingRecord
 from orthoserde.walk import take_inventory
 
 

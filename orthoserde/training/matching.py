@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 from orthoserde.errors import FileFormatError, Problem
 from orthoserde.manifest import Manifest, qualname_of
-from orthoserde.reports import shorten
-from orthoserde.state_tree import decode_tree, keys_in
+from orthoserde.manifest.training import GroupRecord, OptimizerRecord
+from orthoserde.manifest.trees import decode_tree, keys_in
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.training.entries import is_of_torch, odd_entry, spans_parameters
 from orthoserde.training.optimizers import numbered, options_of, place_of
 from orthoserde.training.undo import Undo
-from orthoserde.training_record import GroupRecord, OptimizerRecord
+from orthoserde.wording import shorten
 
 ALL = "all"
 

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from orthoserde.errors import ConfigError
 from orthoserde.manifest import class_name
-from orthoserde.state_tree import check_text, encode_tree
+from orthoserde.manifest.training import StateRecord
+from orthoserde.manifest.trees import check_text, encode_tree
 from orthoserde.training.sources import Sources
 from orthoserde.training.undo import Undo
-from orthoserde.training_record import StateRecord
 
 
 def is_object(value: object) -> bool:

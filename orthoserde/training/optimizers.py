@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import class_name
+from orthoserde.manifest.training import GroupRecord, OptimizerRecord
+from orthoserde.manifest.trees import check_text, encode_tree
 from orthoserde.optimizers import as_optimizer
-from orthoserde.state_tree import check_text, encode_tree
 from orthoserde.training.sources import Sources
-from orthoserde.training_record import GroupRecord, OptimizerRecord
 
 #: What a group holds beside its options.
 _NOT_OPTIONS = ("params", "param_names")

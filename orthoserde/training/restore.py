@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import FileFormatError, IncompatibleModelError, Problem
 from orthoserde.manifest import Manifest, qualname_of
-from orthoserde.state_tree import decode_tree
+from orthoserde.manifest.training import TrainingRecord
+from orthoserde.manifest.trees import decode_tree
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.training import rng as generators
 from orthoserde.training.matching import OptimizerPlan, Wanted, match_optimizer
@@ -28,7 +29,6 @@ from orthoserde.training.objects import is_object, misplaced, set_state, snapsho
 from orthoserde.training.optimizers import labelled, place_of
 from orthoserde.training.rng import States
 from orthoserde.training.undo import Undo, undo_all
-from orthoserde.training_record import TrainingRecord
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from orthoserde import _torch
 from orthoserde.checkpoint import LiveTensor, TensorSource
 from orthoserde.errors import ConfigError
 from orthoserde.manifest import TensorRecord
+from orthoserde.manifest.training import PREFIX
 from orthoserde.tensor_bytes import DTYPES, dtype_name
-from orthoserde.training_record import PREFIX
 
 
 class Sources:
-    """Collects the tensors of trees under keys of training state; see :func:`orthoserde.state_tree.encode_tree`."""
+    """Collects the tensors of trees under keys of training state; see :func:`orthoserde.manifest.trees.encode_tree`."""
 
     def __init__(self) -> None:
         self.records: dict[str, TensorRecord] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem
+from orthoserde.keys import parts_by_prefix, tensor_names
 from orthoserde.manifest import (
     DENSE,
     HOOK,
@@ -22,15 +23,14 @@ from orthoserde.manifest import (
     TensorRecord,
     join,
 )
-from orthoserde.names import parts_by_prefix, tensor_names
 from orthoserde.parametrizations import BUILT_IN_CODECS
 from orthoserde.parametrizations.hooks import power_method_error
-from orthoserde.recompute import Misfit, NotComputable, dry_weight_of, resolve, weight_of
 from orthoserde.registry import Registry
 from orthoserde.tensor_bytes import contiguous_strides, dtype_name
 from orthoserde.transforms.canonical import expand
 from orthoserde.transforms.forms import NormedTensor, configs_of, normed_tensors
 from orthoserde.transforms.rewriting import keep_aliases
+from orthoserde.weights.stored import Misfit, NotComputable, dry_weight_of, resolve, weight_of
 from orthoserde.wording import counted
 
 #: Bytes that one stored tensor or intermediate result may have: a float32 base of 32,768 rows.

@@ -3,28 +3,37 @@
 Note [Rows at a time]
 A base has n x n elements for n x k columns, so a file of some kilobytes may stand for gigabytes. Whoever reads one does
 it in blocks of rows: beside what the base is read into, there are never more than 2 n k numbers in double precision and
-one block. Columns are checked before anything of that size is asked for.
+some small blocks. Columns are checked before anything of that size is asked for.
+
+Note [Rows by any thread]
+Rows come out with the same bits in any thread, see Note [Same bits everywhere] of ``completion``. So those of one base
+that is read into memory are shared out, a few blocks at a time, and seen in order.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.completion import Completion, matrices, row_parts
 from orthoserde.errors import DamagedFileError, Problem
 from orthoserde.manifest import TensorRecord
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
-from orthoserde.side_by_side import GoOn
+from orthoserde.side_by_side import MOST_THREADS, GoOn, work_through
 from orthoserde.tensor_bytes import BLOCK_BYTES, DTYPES, Digest, as_bytes, ignore
 
 #: Bytes of a base that are compared at a time: a base that is another completion is known by the first of them.
 COMPARED_BYTES = 1 << 20
+
+#: Bytes of a base that one thread works out at a time, where several do.
+SHARED_BYTES = 1 << 20
 
 _CODEC = OrthogonalCodec()
 
@@ -60,14 +69,28 @@ class ColumnsOfBase:
 
     def blocks(self) -> Iterator[memoryview]:
         """Yield the elements as row-major bytes."""
-        return (as_bytes(rows) for _, _, rows in _completed(self.columns()))
+        return (as_bytes(rows) for _, _, rows in _completed(self.columns(), BLOCK_BYTES))
 
     def fill(self, target: Tensor, see: Callable[[memoryview], None] = ignore) -> None:
         """Overwrite ``target`` in place with the elements."""
-        # Views of a tensor made in inference mode can only be written there.
-        with torch.inference_mode(target.is_inference()), torch.no_grad():
-            for index, part, rows in _completed(self.columns()):
-                target.detach()[index][part].copy_(rows)
+        columns = self.columns()
+
+        def work(block: _Block, go_on: GoOn) -> Tensor:
+            go_on()
+            rows = block.rows()
+            # Views of a tensor made in inference mode can only be written there.
+            with torch.inference_mode(target.is_inference()), torch.no_grad():
+                target.detach()[block.index][block.part].copy_(rows)
+            return rows
+
+        def movable(block: _Block) -> int:
+            plain = type(target) in (Tensor, Parameter) and target.device.type == "cpu"
+            return block.bytes_moved if plain else 0
+
+        # See Note [Rows by any thread].
+        blocks = _blocks(columns, SHARED_BYTES)
+        while at_a_time := list(itertools.islice(blocks, MOST_THREADS)):
+            for rows in work_through(at_a_time, work, movable):
                 see(as_bytes(rows))
 
 
@@ -157,19 +180,51 @@ def _reader(source: TensorSource, n: int, dtype: torch.dtype) -> Callable[[tuple
     return read
 
 
-def _completed(columns: Tensor, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[tuple[int, ...], slice, Tensor]]:
-    """The completed columns, block by block of rows, in row-major order; see Note [Rows at a time]."""
-    n, k = columns.shape[-2:]
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of one of the matrices of a base.
+
+    Attributes:
+        index: Which of the matrices.
+        part: Which of its rows.
+        columns: The columns of the matrix, ``(n, k)``.
+        completion: Their completion.
+    """
+
+    index: tuple[int, ...]
+    part: slice
+    columns: Tensor
+    completion: Completion
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that are read and written for it: for each column all of them, in double precision."""
+        numbers: int = (self.part.stop - self.part.start) * self.columns.size(0)
+        return 16 * numbers * (self.columns.size(1) + 1)
+
+    def rows(self) -> Tensor:
+        """Work them out."""
+        n, k = self.columns.shape
+        rows = torch.empty(self.part.stop - self.part.start, n, dtype=self.columns.dtype, device="cpu")
+        rows[:, :k] = self.columns[self.part]
+        for part in row_parts(self.part.start, self.part.stop, n - k):
+            rows[part.start - self.part.start : part.stop - self.part.start, k:] = self.completion.rows(part)
+        return rows
+
+
+def _blocks(columns: Tensor, block_bytes: int) -> Iterator[_Block]:
+    """The blocks of rows of a base, in row-major order; see Note [Rows at a time]."""
+    n = columns.size(-2)
     step = max(1, block_bytes // (n * columns.element_size()))
     for index in matrices(columns.shape[:-2]):
         completion = Completion(columns[index])
         for start in range(0, n, step):
-            block = slice(start, min(start + step, n))
-            rows = torch.empty(block.stop - start, n, dtype=columns.dtype, device="cpu")
-            rows[:, :k] = columns[index][block]
-            for part in row_parts(start, block.stop, n - k):
-                rows[part.start - start : part.stop - start, k:] = completion.rows(part)
-            yield index, block, rows
+            yield _Block(index, slice(start, min(start + step, n)), columns[index], completion)
+
+
+def _completed(columns: Tensor, block_bytes: int) -> Iterator[tuple[tuple[int, ...], slice, Tensor]]:
+    """The completed columns, block by block of rows, in row-major order."""
+    return ((block.index, block.part, block.rows()) for block in _blocks(columns, block_bytes))
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.json_values import JSON
+from orthoserde.keys import parts_by_prefix
 from orthoserde.manifest import (
     DENSE,
     HOOK,
@@ -28,7 +29,6 @@ from orthoserde.manifest import (
     ParametrizedRecord,
     join,
 )
-from orthoserde.names import parts_by_prefix
 from orthoserde.parametrizations.hooks import configs_by_shapes
 from orthoserde.transforms.rewriting import rename
 

@@ -12,10 +12,11 @@ from orthoserde import _torch
 from orthoserde.errors import TrainingTrapWarning
 from orthoserde.integrations import in_process
 from orthoserde.registry import Registry
-from orthoserde.reports import SHOWN, Finding, Severity
+from orthoserde.reports import Finding, Severity
 from orthoserde.traps import optimizers as held
 from orthoserde.traps import sharing, state
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
+from orthoserde.wording import SHOWN
 
 #: What takes the place of one optimizer.
 Optimizers = Optimizer | Iterable[Optimizer] | Mapping[str, Optimizer]

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orthoserde import _torch
-from orthoserde.evaluate import codecs_of
 from orthoserde.optimizers import as_optimizer, is_optimizer
 from orthoserde.registry import Registry
-from orthoserde.reports import Finding, Severity, shorten
+from orthoserde.reports import Finding, Severity
 from orthoserde.traps.state import has_elements, is_finite, is_orthogonal, map_of
 from orthoserde.walk import Inventory, ParametrizedTensor
+from orthoserde.weights.live import codecs_of
+from orthoserde.wording import shorten
 
 #: Per-parameter state of torch's optimizers that has the shape of the parameter.
 _MOMENTS = frozenset(

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
-from orthoserde.reports import Finding, Severity, shorten
+from orthoserde.reports import Finding, Severity
 from orthoserde.traps.state import is_orthogonal
 from orthoserde.walk import Inventory, Slot, identity
+from orthoserde.wording import shorten
 
 
 def tied_originals(inventory: Inventory) -> Iterator[Finding]:

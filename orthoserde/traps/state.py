@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
-from orthoserde.codec import residual_of
-from orthoserde.evaluate import codecs_of, computed
-from orthoserde.names import prefixes_in, prefixes_of
+from orthoserde.keys import prefixes_in, prefixes_of
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.probe import off_orthonormal
-from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import residual_of
+from orthoserde.registry.registered_class import RegisteredClass
 from orthoserde.reports import Finding, Severity
 from orthoserde.tensor_bytes import DTYPES, ORTHONORMAL_DTYPES, row_blocks
 from orthoserde.walk import Inventory, ParametrizedTensor
+from orthoserde.weights.live import codecs_of, computed
+from orthoserde.wording import one_line
 
 #: The dtypes in which torch makes matrices with orthonormal columns.
 _FINE = frozenset(DTYPES[name] for name in ORTHONORMAL_DTYPES)
@@ -222,8 +223,7 @@ def _weight(tensor: ParametrizedTensor, registry: Registry) -> Iterator[Finding]
         residual = residual_of(codec, weight, config) if finite else None
         admitted = not finite or config is None or codec.admits(weight, config)
     except Exception as error:  # whatever a user's codec raises, or torch for a dtype that an operation lacks
-        lines = str(error).strip().splitlines() or [""]
-        text = f"its weight cannot be computed here: {type(error).__name__}: {lines[0][:200]}"
+        text = f"its weight cannot be computed here: {type(error).__name__}: {one_line(error)}"
         yield Finding(tensor.name, Severity.NOTICE, "not-measured", text, "read the weight yourself to see why")
         return
     if not finite:

@@ -12,9 +12,9 @@ from orthoserde.cli.layout import SHOWN, Row, squeeze, table, wrapped
 from orthoserde.cli.show_contents import show_contents
 from orthoserde.cli.show_reports import show_conversion, show_difference, show_picture, show_verification
 from orthoserde.cli.terminal import ASCII, INDENT, UNICODE, Guides, Output, complain
+from orthoserde.comparison.distances import Distance, OnManifold
 from orthoserde.comparison.report import DiffReport, TensorDifference
 from orthoserde.conversion import ConversionReport
-from orthoserde.distances import Distance, OnManifold
 from orthoserde.json_values import JSON
 from orthoserde.manifest import (
     DENSE,

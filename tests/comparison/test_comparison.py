@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 import orthoserde
 from orthoserde import Registry, comparison
 from orthoserde.comparison import DiffReport
-from orthoserde.distances import Distance
+from orthoserde.comparison.distances import Distance
 from orthoserde.opening import open_checkpoint
 from orthoserde.transforms.columns import ColumnsOfBase
 from tests.helpers import scramble_

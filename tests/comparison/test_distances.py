@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthoserde import distances
 from orthoserde.checkpoint import LiveTensor
-from orthoserde.distances import Distance, between, between_sources, on_manifold
+from orthoserde.comparison import distances
+from orthoserde.comparison.distances import Distance, between, between_sources, on_manifold
 
 DTYPES = [torch.float64, torch.complex128]
 

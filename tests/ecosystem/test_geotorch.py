@@ -18,11 +18,11 @@ from torch.nn.utils import parametrize
 import orthoserde
 from orthoserde import Fidelity, IncompatibleModelError, LegacyCheckpointWarning, Registry, storage
 from orthoserde.capture import capture
-from orthoserde.codec import Codec, own_tensors
 from orthoserde.integrations.geotorch import extend
 from orthoserde.integrations.geotorch.codec import GeotorchCodec
 from orthoserde.integrations.geotorch.constraints import ROUNDING, SORTS
 from orthoserde.manifest import OPAQUE
+from orthoserde.registry.codec import Codec, own_tensors
 from orthoserde.restore import restore
 from tests.ecosystem.constrained import CASES, CONSTRAINTS, Holder, adam, bare, by, constrained, of, train, weight_of
 from tests.helpers import assert_same_state, assert_unchanged, snapshot, surroundings

@@ -323,20 +323,25 @@ def fill_(model: nn.Module) -> nn.Module:
     return model
 
 
+def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a golden file with its values, and what a save of that file is told beside it."""
+    model = fill_((MODELS | COMPACT | HOOKS | TRAINING)[name]())
+    if name in COMPACT:
+        set_bases_(model)
+    options: dict[str, Any] = {"registry": REGISTRY, "metadata": {"golden": name, "ключ": "значение"}}
+    if name in TRAINING:
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.manual_seed(0)
+        options |= {"optimizer": in_training(model), "state": values(), "rng": True}
+    return model, options
+
+
 if __name__ == "__main__":
     folder = FOLDER.parent / sys.argv[1] if len(sys.argv) > 1 else FOLDER
     folder.mkdir(exist_ok=True)
-    for name, make in (MODELS | COMPACT | HOOKS | TRAINING).items():
+    for name in MODELS | COMPACT | HOOKS | TRAINING:
         path = folder / f"{name}.safetensors"
         if not path.exists():
-            model = fill_(make())
-            if name in COMPACT:
-                set_bases_(model)
-            metadata = {"golden": name, "ключ": "значение"}
-            more: dict[str, Any] = {}
-            if name in TRAINING:
-                random.seed(0)
-                numpy.random.seed(0)
-                torch.manual_seed(0)
-                more = {"optimizer": in_training(model), "state": values(), "rng": True}
-            print(orthoserde.save(model, path, registry=REGISTRY, metadata=metadata, **more))
+            model, options = made(name)
+            print(orthoserde.save(model, path, **options))

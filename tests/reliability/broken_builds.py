@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from orthoserde import manifest_json, restore
+from orthoserde import restore
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import DamagedFileError
+from orthoserde.manifest import as_json
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.storage import container, format, reader, torch_files
 
@@ -79,7 +80,7 @@ def without_size_check(patch: pytest.MonkeyPatch) -> None:
 
 def without_version_check(patch: pytest.MonkeyPatch) -> None:
     """A newer format is read as if it were ours."""
-    patch.setattr(manifest_json, "FORMAT_VERSION", 2**62)
+    patch.setattr(as_json, "FORMAT_VERSION", 2**62)
 
 
 def with_any_pickle(patch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,8 @@ TREES: dict[str, Hostile] = {
     "an object of two sorts": refused(tree({"tuple": [], "dict": []}), "one key"),
     "an unknown sort": refused(tree({"object": "os:system"}), "is no sort of value"),
     "a float that is none": refused(tree({"float": "1e5"}), "is no sort of value"),
+    "an integer that needs no words": refused(tree({"integer": "1"}), "is no sort of value"),
+    "an integer of a million digits": refused(tree({"integer": "9" * 1_000_000}), "is no sort of value"),
     "pairs that are none": refused(tree({"dict": [["a"]]}), "pairs of a key and a value"),
     "a key that is a list": refused(tree({"dict": [[[], 1]]}), "strings and numbers for keys"),
     "a key that is a tensor": refused(tree({"dict": [[{"tensor": "x"}, 1]]}), "strings and numbers for keys"),

@@ -23,7 +23,18 @@ ODD_VALUES: tuple[Any, ...] = (
     *(0.0, -0.0, 1.5, 1e300, float("nan"), float("inf")),
     *("", "a", ".", "..", "../../etc/passwd", "\0", "\ud800", "\x1b[31m", "é", "🎼", "A" * 300),
     *("__class__", "training", "requires_grad_", "dense", "columns", "hook", "opaque", "float64", "torch>orthogonal"),
-    *([], {}, [[]], [{}], {"": None}, {"tensor": "x"}, {"dict": []}, {"tuple": []}, {"float": "nan"}),
+    *(
+        [],
+        {},
+        [[]],
+        [{}],
+        {"": None},
+        {"tensor": "x"},
+        {"dict": []},
+        {"tuple": []},
+        {"float": "nan"},
+        {"integer": "9" * 20},
+    ),
 )
 
 #: Bytes that mean something to a parser.

@@ -18,7 +18,7 @@ import orthoserde
 from orthoserde.api import prepare
 from orthoserde.json_values import JSON, same
 from orthoserde.manifest import Manifest, qualname_of
-from orthoserde.manifest_json import encode_manifest
+from orthoserde.manifest.as_json import encode_manifest
 from orthoserde.reports import LoadReport
 from orthoserde.storage.writer import with_digests
 from orthoserde.tensor_bytes import digest_of

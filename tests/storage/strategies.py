@@ -22,7 +22,7 @@ from orthoserde.manifest import (
     ParametrizedRecord,
     TensorRecord,
 )
-from orthoserde.training_record import GroupRecord, OptimizerRecord, StateRecord, TrainingRecord
+from orthoserde.manifest.training import GroupRecord, OptimizerRecord, StateRecord, TrainingRecord
 
 DTYPE_NAMES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),

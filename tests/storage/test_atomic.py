@@ -298,6 +298,26 @@ def test_an_exception_in_the_block_leaves_nothing_where_there_was_nothing(tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+@posix
+@pytest.mark.parametrize("call", ["open", "flock"])
+def test_an_interrupt_when_the_temporary_file_is_just_made_leaves_none(
+    target: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Python raises KeyboardInterrupt when a call of the system has returned, so with the file already there."""
+    module: Any = os if call == "open" else fcntl
+    real = getattr(module, call)
+
+    def interrupted(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, call, interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(target):
+        raise AssertionError
+    monkeypatch.undo()
+    assert_untouched(target)
+
+
 def test_an_error_of_the_system_in_the_block_says_that_the_previous_file_is_untouched(target: Path) -> None:
     with pytest.raises(FileAccessError, match="the previous file is untouched: gone") as caught, replacing(target):
         raise OSError(errno.EIO, "gone")

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -320,6 +320,7 @@ def test_it_shows_what_it_is() -> None:
 # Properties
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 40),
     k=st.integers(1, 12),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 import orthoserde
 from tests.helpers import bits
@@ -131,9 +132,10 @@ class Run:
 
     def train(self, steps: int) -> None:
         """Train, drawing from every generator."""
-        samples = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(0))
+        samples = TensorDataset(torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(0)))
+        loader = DataLoader(samples, batch_size=16, shuffle=True, generator=self.shuffle)
         for _ in range(steps):
-            batch = samples[torch.randperm(SAMPLES, generator=self.shuffle)[:16]]
+            (batch,) = next(iter(loader))
             batch = batch * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
             state = torch.get_rng_state()
 

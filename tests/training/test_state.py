@@ -24,8 +24,8 @@ import orthoserde
 from orthoserde import ConfigError, IncompatibleModelError, storage
 from orthoserde.checkpoint import Checkpoint, LiveTensor
 from orthoserde.manifest import TensorRecord
+from orthoserde.manifest.training import GroupRecord, OptimizerRecord, StateRecord
 from orthoserde.training.entries import ENTRIES, odd_entry
-from orthoserde.training_record import GroupRecord, OptimizerRecord, StateRecord
 from tests.helpers import assert_unchanged, flip_bit, same_bits, snapshot
 from tests.training.cases import Lion
 
@@ -305,6 +305,36 @@ def test_state_keeps_its_memory_format(tmp_path: Path) -> None:
     again = Adam(other.parameters())
     orthoserde.load(other, tmp_path / "m", optimizer=again)
     assert again.state[other.weight]["exp_avg"].stride() == optimizer.state[model.weight]["exp_avg"].stride()
+
+
+def test_a_capturable_step_that_is_compiled_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Capturable optimizers step on the CPU where they are compiled; the rate is a tensor there, and the steps are."""
+
+    def run(seed: int) -> tuple[nn.Module, Optimizer, Callable[[], object]]:
+        torch.manual_seed(seed)
+        model = net()
+        rate = torch.tensor(1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, amsgrad=True, capturable=True)
+        return model, optimizer, torch.compile(optimizer.step, backend="eager")
+
+    def step(model: nn.Module, optimizer: Optimizer, compiled: Callable[[], object], steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(5, 6)).square().mean().backward()
+            compiled()
+
+    first, second = run(1), run(2)
+    step(*first, 3)
+    orthoserde.save(first[0], tmp_path / "m", optimizer=first[1], rng=True)
+    step(*first, 3)
+    step(*second, 1)
+    orthoserde.load(second[0], tmp_path / "m", optimizer=second[1], rng=True)
+    step(*second, 3)
+    assert second[1].param_groups[0]["capturable"] is True
+    for entry in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        expected = state_of(*first[:2], entry)
+        assert all(same_bits(value, expected[name]) for name, value in state_of(*second[:2], entry).items())
+    assert all(same_bits(*pair) for pair in zip(first[0].parameters(), second[0].parameters(), strict=True))
 
 
 # Afresh

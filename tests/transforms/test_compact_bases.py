@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from torch.nn.utils import parametrizations, parametrize
 import orthoserde
 from orthoserde import Fidelity, cli, storage
 from orthoserde.capture import capture
-from orthoserde.completion import complete
+from orthoserde.completion import Completion, complete
 from orthoserde.manifest import COLUMNS
-from orthoserde.transforms import canonical, compact, expand
-from tests.helpers import same_bits
+from orthoserde.transforms import canonical, columns, compact, expand
+from tests.helpers import same_bits, use_threads
 
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "batched": (3, 6, 4), "deep": (2, 3, 4, 7)}
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -162,6 +163,33 @@ def test_the_same_state_gives_the_same_bytes_on_any_number_of_threads(tmp_path: 
         orthoserde.load(other, tmp_path / str(threads))
         assert all(same_bits(base_of(one), base_of(two)) for one, two in zip(model, other, strict=True))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(600, 3), (3, 600), (2, 500, 3)])
+def test_the_rows_of_one_base_are_shared_out_among_threads(
+    shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = make(shape=shape), make(shape=shape, seed=1)
+    orthoserde.save(model, tmp_path / "m")
+    monkeypatch.setattr(columns, "SHARED_BYTES", 64 * 600 * 4)
+    use_threads(3, monkeypatch)
+    meeting, rows_of = threading.Barrier(3), Completion.rows
+    workers: set[int] = set()
+
+    def rows(completion: Completion, part: slice) -> Tensor:
+        if len(workers) < 3:
+            workers.add(threading.get_ident())
+            meeting.wait(30)  # it would not end with fewer than three at work
+        return rows_of(completion, part)
+
+    monkeypatch.setattr(Completion, "rows", rows)
+    before = threading.enumerate()
+    with torch.inference_mode(), torch.device("meta"):
+        orthoserde.load(other, tmp_path / "m")
+    assert threading.enumerate() == before
+    assert len(workers) == 3
+    assert same_bits(base_of(other), base_of(model))
+    assert base_of(other).stride() == base_of(model).stride()
 
 
 def test_a_file_is_as_small_as_what_it_holds(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import orthoserde
+from orthoserde.integrations.loreft import Adapter, LoReFT, attach, detach, trainable_parameters
+from orthoserde.integrations.pyreft import write
 from orthoserde.testing import assert_continues
 
 
@@ -101,6 +103,74 @@ def walking(model: nn.Module) -> None:
     for record in orthoserde.parametrized_tensors(model):
         assert_type(record.module, nn.Module)
         assert_type(record.originals, Mapping[str, Tensor])
+
+
+def building(path: Path, registry: orthoserde.Registry) -> None:
+    assert_type(orthoserde.build(path, device=torch.device("cpu"), registry=registry), nn.Module)
+    assert_type(orthoserde.build("model.safetensors", device="meta"), nn.Module)
+    orthoserde.build(path, registry)  # type: ignore[call-arg, arg-type]
+
+
+def converting(path: Path) -> None:
+    report = orthoserde.convert(path, "plain.safetensors", "baked", force=True)
+    assert_type(report, orthoserde.ConversionReport)
+    assert_type(report.left_dense, tuple[str, ...])
+    orthoserde.convert(path, path, "onnx")  # type: ignore[arg-type]
+    orthoserde.convert(path, path)  # type: ignore[call-arg]
+
+
+def baking(model: nn.Module) -> None:
+    report = orthoserde.bake_(model, registry=orthoserde.default_registry)
+    assert_type(report, orthoserde.BakeReport)
+    assert_type(report.parameters_replaced, tuple[str, ...])
+    orthoserde.bake_(model, orthoserde.default_registry)  # type: ignore[call-arg]
+
+
+def making(layer: nn.Linear) -> None:
+    assert_type(orthoserde.orthogonal(layer), nn.Module)
+    assert_type(orthoserde.orthogonal(layer, "weight", "cayley", use_trivialization=False, structured=True), nn.Module)
+    orthoserde.orthogonal(layer, "weight", "cayley", False)  # type: ignore[call-arg]
+
+
+def training(model: nn.Module, optimizer: torch.optim.SGD, path: Path) -> None:
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    state = {"schedule": schedule, "step": 7}
+    orthoserde.save(model, path, optimizer=optimizer, state=state, rng=True, select="trainable")
+    orthoserde.save(model, path, optimizer={"a": optimizer}, select=lambda name, tensor: tensor.requires_grad)
+    report = orthoserde.load(model, path, optimizer={"a": optimizer}, state=state, reset=["weight"], legacy="keep")
+    assert_type(report.state, Mapping[str, object])
+    orthoserde.save(model, path, optimizer=[optimizer])  # type: ignore[arg-type]
+    orthoserde.load(model, path, legacy="always")  # type: ignore[arg-type]
+
+
+def measuring(model: nn.Module, path: Path) -> None:
+    seen: list[Mapping[str, object]] = []
+    orthoserde.save(model, path, debug=seen.append)
+    orthoserde.load(model, path, debug=True)
+    orthoserde.load(model, path, debug="yes")  # type: ignore[arg-type]
+
+
+def registering(registry: orthoserde.Registry, codec: orthoserde.Codec) -> None:
+    registry.add(codec)
+    registry.mark_adapter(nn.Linear)
+    assert_type(registry.for_kind("mylab>Symmetric"), orthoserde.Codec | None)
+    assert_type(registry.for_type(nn.Linear), orthoserde.Codec | None)
+    assert_type(registry.extended([codec], [nn.Linear]), orthoserde.Registry)
+    assert_type(list(registry), list[str])
+    assert_type("mylab>Symmetric" in registry, bool)
+    assert_type(codec.version, int)
+    assert_type(codec.tensors(nn.Linear(1, 1)), dict[str, Tensor])
+    registry.add(nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def adapting(model: nn.Module) -> None:
+    adapter = attach(model, {"layers.0": LoReFT(8, rank=2)}, positions="l1")
+    assert_type(adapter, Adapter)
+    assert_type(adapter.layers, Mapping[str, LoReFT])
+    assert_type(trainable_parameters(model), list[nn.Parameter])
+    assert_type(detach(model), None)
+    assert_type(write(model, "reft", "full"), dict[str, int])
+    attach(model, LoReFT(8, rank=2))  # type: ignore[arg-type]
 
 
 def canonicalizing(model: nn.Module, optimizer: torch.optim.SGD) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.codec import OneVersion, own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.integrations.geotorch.constraints import ROUNDING, SORTS
 from orthoserde.json_values import JSON
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
+from orthoserde.registry.codec import OneVersion, own_tensors
 
 #: Names that geotorch gives to functions, by argument. A function of the user's own has none, and no configuration.
 TRIVIALIZATIONS = ("expm", "cayley")

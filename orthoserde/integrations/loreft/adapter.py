@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +15,11 @@ from orthoserde import _torch
 from orthoserde.errors import AdapterError
 from orthoserde.integrations.loreft import hooks
 from orthoserde.integrations.loreft.calls import Calls
+from orthoserde.integrations.loreft.layers import check_layers, find_layers
 from orthoserde.integrations.loreft.module import LoReFT
 from orthoserde.integrations.loreft.positions import Positions, parse
 from orthoserde.json_values import JSON
-from orthoserde.manifest import join
 from orthoserde.registry import default_registry, register
-
-#: Torch layers whose hidden states are (seq, batch, hidden) unless they were made with batch_first.
-_BATCH_FIRST = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 #: Every adapter that is attached, so that one does not thaw what another keeps frozen.
 _ATTACHED: weakref.WeakSet[Adapter] = weakref.WeakSet()
@@ -78,13 +74,21 @@ class Adapter(nn.Module):
 
     Source: Wu et al. 2024, arXiv 2404.03592, sections 3.2 and 4; ``generate`` in pyvene/models/intervenable_base.py,
     0.1.8.
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)})
+        >>> sorted(adapter.layers), adapter.root is model
+        (['1'], True)
     """
 
     config_forms: ClassVar = LoReFT.config_forms
 
     def __init__(self, layers: Mapping[str, LoReFT], positions: Positions = "f1+l1") -> None:
         super().__init__()
-        _check_layers(layers)
+        check_layers(layers)
         self.select = parse(positions)
         self.positions = positions
         self.calls = Calls()
@@ -140,7 +144,7 @@ class Adapter(nn.Module):
         if self.attachment is not None:
             raise AdapterError("this adapter is attached already; detach it first, or copy it")
         root = _torch.unwrap(model)
-        on_the_way = _find_layers(root, self._names)
+        on_the_way = find_layers(root, self._names)
         _check_name(root, name)
         if _torch.is_ddp(model) and any(parameter.requires_grad for parameter in self.parameters()):
             raise AdapterError(
@@ -306,6 +310,16 @@ def attach(
         ValueError: A path or the name does not fit the model, or an argument is malformed.
         TypeError: The model is not a module, or something is not a LoReFT.
         AdapterError: The model cannot be adapted as it is (DistributedDataParallel, hidden states of (seq, batch)).
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)}, positions="l1")
+        >>> model(torch.zeros(1, 3, dtype=torch.long)).shape  # hidden states of (batch, seq, hidden_size)
+        torch.Size([1, 3, 8])
+        >>> model[1].weight.requires_grad
+        False
     """
     return Adapter(layers, positions).attach(model, freeze=freeze, name=name)
 
@@ -318,6 +332,15 @@ def detach(model: nn.Module) -> None:
 
     Raises:
         AdapterError: There is no adapter that is attached.
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach, detach
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)})
+        >>> detach(model)
+        >>> len(model)
+        2
     """
     adapters = [model] if isinstance(model, Adapter) else _attached(_torch.unwrap(model))
     if not adapters:
@@ -327,7 +350,20 @@ def detach(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model or adapter that require a gradient, each once."""
+    """The parameters of a model or adapter that require a gradient, each once.
+
+    Args:
+        model: The model or adapter.
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT, attach, trainable_parameters
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+        >>> adapter = attach(model, {"1": LoReFT(8, rank=2)})
+        >>> optimizer = torch.optim.Adam(trainable_parameters(model), lr=0.01)
+        >>> [tuple(parameter.shape) for parameter in trainable_parameters(model)]
+        [(8, 2), (2, 8), (2,)]
+    """
     return [parameter for parameter in _torch.unwrap(model).parameters() if parameter.requires_grad]
 
 
@@ -340,18 +376,6 @@ def _attached(root: nn.Module) -> list[Adapter]:
     return [module for module in root.modules() if isinstance(module, Adapter) and module.root is not None]
 
 
-def _check_layers(layers: object) -> None:
-    if not isinstance(layers, Mapping):
-        raise TypeError(f"layers: expected a mapping from paths to LoReFT, got {type(layers).__name__}")
-    if not layers:
-        raise ValueError("layers: expected at least one path with its LoReFT")
-    for path, loreft in layers.items():
-        if not isinstance(path, str) or not all(path.split(".")):
-            raise ValueError(f"layers: expected the path of a layer, such as 'layers.0', got {path!r}")
-        if not isinstance(loreft, LoReFT):
-            raise TypeError(f"layers: expected a LoReFT for {path!r}, got {type(loreft).__name__}")
-
-
 def _check_name(root: nn.Module, name: object) -> None:
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name: expected a name without dots, got {name!r}")
@@ -360,52 +384,6 @@ def _check_name(root: nn.Module, name: object) -> None:
         raise ValueError(f"name: {text}")  # noqa: TRY004  # the type is right, the name is taken
     if hasattr(root, name):
         raise ValueError(f"name: the model has an attribute {name!r} already; choose another name")
-
-
-def _find_layers(root: object, paths: Mapping[str, str]) -> dict[str, nn.Module]:
-    """The layers and all modules above them, by path, each module once.
-
-    Raises:
-        TypeError: The root is not a module.
-        ValueError: A path leads nowhere, or to a module that is not called as a layer is.
-        AdapterError: A layer has hidden states of (seq, batch, hidden).
-    """
-    if not isinstance(root, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(root).__name__}")
-    on_the_way: dict[str, nn.Module] = {"": root}
-    by_id: dict[int, str] = {id(root): ""}
-    for path in paths:
-        module, reached = root, ""
-        for part in path.split("."):
-            child = _torch.child_modules(module).get(part)
-            if child is None:
-                raise ValueError(_no_such_layer(root, path))
-            module, reached = _torch.unwrap(child), join(reached, part)
-            known = by_id.setdefault(id(module), reached)
-            on_the_way.setdefault(known, module)
-        if by_id[id(module)] != path:
-            raise ValueError(f"layers: {path!r} and {by_id[id(module)]!r} are the same module; name it once")
-        _check_layer(path, module)
-    return on_the_way
-
-
-def _check_layer(path: str, module: nn.Module) -> None:
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        kind = type(module).__name__
-        raise ValueError(f"layers: {path!r} is a {kind}, which is never called; name what is in it")  # noqa: TRY004
-    for inner in module.modules():
-        if isinstance(inner, _BATCH_FIRST) and not inner.self_attn.batch_first:
-            raise AdapterError(
-                f"{path} has hidden states of (seq, batch, hidden); make its {type(inner).__name__} with "
-                "batch_first=True"
-            )
-
-
-def _no_such_layer(root: nn.Module, path: str) -> str:
-    known = [name for name, _ in root.named_modules() if name]
-    near = difflib.get_close_matches(path, known, n=5, cutoff=0.5)
-    shown = ", ".join(repr(name) for name in near or known[:5]) or "none"
-    return f"layers: the model has no module {path!r}; {'near ones' if near else 'it has'}: {shown}"
 
 
 def _outside_adapters(root: nn.Module) -> dict[str, nn.Parameter]:

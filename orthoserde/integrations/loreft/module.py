@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.charts import orthogonal
+from orthoserde.charts.registering import orthogonal
 from orthoserde.json_values import JSON
 from orthoserde.registry import register
 from orthoserde.tensor_bytes import DTYPES, dtype_name
@@ -81,6 +81,13 @@ class LoReFT(nn.Module):
         ValueError: An argument is outside of its range.
 
     Source: Wu et al. 2024, arXiv 2404.03592, equation 1; ``LoreftIntervention`` in pyreft/interventions.py, 0.1.0.
+
+    Example:
+        >>> import torch
+        >>> from orthoserde.integrations.loreft import LoReFT
+        >>> intervention = LoReFT(8, rank=2, dropout=0.1)
+        >>> intervention(torch.zeros(1, 3, 8)).shape  # (..., hidden_size)
+        torch.Size([1, 3, 8])
     """
 
     #: Entries of the configuration that say in which form its state is kept; files of either form load into the other.

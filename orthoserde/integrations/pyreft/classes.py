@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from orthoserde import json_values
-from orthoserde.codec import own_tensors
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
-from orthoserde.registered_class import RegisteredClass
 from orthoserde.registry import Registry
+from orthoserde.registry.codec import own_tensors
+from orthoserde.registry.registered_class import RegisteredClass
 from orthoserde.tensor_bytes import dtype_name
 
 #: Kind of a model that holds interventions and the model they act on.

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from orthoserde import _torch, storage
 from orthoserde.capture import link_record
+from orthoserde.capture.scope import adapter_paths, is_below, scope_of
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import (
     DamagedFileError,
@@ -49,6 +50,7 @@ from orthoserde.integrations.pyreft.classes import (
 from orthoserde.integrations.pyreft.keys import normalize
 from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, files_in, folder_of, read_state, types_in
 from orthoserde.json_values import JSON
+from orthoserde.keys import tensor_names
 from orthoserde.manifest import (
     DENSE,
     ORTHOGONAL,
@@ -59,15 +61,13 @@ from orthoserde.manifest import (
     check_references,
     join,
 )
-from orthoserde.names import tensor_names
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.parametrizations.orthogonal import default_map
 from orthoserde.registry import Registry
-from orthoserde.reports import shorten
 from orthoserde.restore import Legacy
-from orthoserde.scope import adapter_paths, is_below, scope_of
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, take_inventory
+from orthoserde.wording import shorten
 
 #: Names within an intervention: of the rotation, of its computed weight, and of its state.
 ROTATION = "rotate_layer"

@@ -13,7 +13,7 @@ from orthoserde.errors import FileAccessError, FileFormatError
 from orthoserde.integrations.pyreft.classes import NOT_TRAINED
 from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX, key_of_file, normalize
 from orthoserde.json_values import JSON
-from orthoserde.reports import printable, shorten
+from orthoserde.wording import shorten
 
 #: Where the Hugging Face Trainer keeps a folder of pyreft's.
 TRAINER_FOLDER = "intervenable_model"
@@ -125,7 +125,7 @@ def types_in(folder: str, files: Mapping[str, str], without_file: Set[str]) -> d
     names = [name for key in keys if (name := normalize(key)) is not None]
     if len(names) != len(keys):
         unknown = [key[:100] for key in keys if normalize(key) is None]
-        raise FileFormatError(f"{path}: sorted_keys: not names that pyreft gives: {printable(shorten(unknown))}")
+        raise FileFormatError(f"{path}: sorted_keys: not names that pyreft gives: {shorten(unknown)}")
     if len(set(names)) != len(names):
         raise FileFormatError(f"{path}: sorted_keys: names an intervention twice")
     if types is not None and len(types) != len(keys):
@@ -136,9 +136,9 @@ def types_in(folder: str, files: Mapping[str, str], without_file: Set[str]) -> d
     wanted = {name for name in names if found.get(name) not in NOT_TRAINED}
     missing, extra = sorted(wanted - files.keys() - without_file), sorted(files.keys() - set(names))
     if missing:
-        raise FileFormatError(f"{folder}: {CONFIG_FILE} names files that are missing: {printable(shorten(missing))}")
+        raise FileFormatError(f"{folder}: {CONFIG_FILE} names files that are missing: {shorten(missing)}")
     if extra:
-        raise FileFormatError(f"{folder}: holds files that {CONFIG_FILE} does not name: {printable(shorten(extra))}")
+        raise FileFormatError(f"{folder}: holds files that {CONFIG_FILE} does not name: {shorten(extra)}")
     return found
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import CheckpointNotFoundError, DamagedFileError, FileFormatError
 from orthoserde.manifest import Manifest, TensorRecord
-from orthoserde.reports import printable, shorten
 from orthoserde.storage.container import LENGTH_BYTES, Entry, Header, decode_header
 from orthoserde.storage.format import MANIFEST_KEY, foreign_manifest, holds_envelope, is_shard, shard_mark
 from orthoserde.storage.open_file import OpenFile, Readable, ReopenedFile, identity_of, open_file
@@ -18,6 +17,7 @@ from orthoserde.storage.reader import StoredTensor, read_file, read_header
 from orthoserde.storage.shards.index import MAX_INDEX_BYTES, Index, decode_index, headers_of, in_file_order
 from orthoserde.storage.shards.names import READ_IN_ORDER, is_index_name, shard_ending
 from orthoserde.storage.torch_files import MAGIC_BYTES
+from orthoserde.wording import shorten
 
 #: Shards that are kept open; more are opened whenever something of them is read. Systems allow a few hundred files.
 KEPT_OPEN = 64
@@ -49,7 +49,7 @@ def _read_found(folder: str) -> Checkpoint:
     others: list[str] = []
     with contextlib.suppress(OSError):  # this is for a hint alone
         others = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    hint = f"; it holds {printable(shorten(others[::-1]))}: give the path of one" if others else ""
+    hint = f"; it holds {shorten(others[::-1])}: give the path of one" if others else ""
     raise FileFormatError(f"{folder}: a folder without a checkpoint{hint}; looked for {', '.join(READ_IN_ORDER)}")
 
 

@@ -1,0 +1,47 @@
+"""What a checkpoint holds: what each stored tensor means, and how training was going on. No modules, no files."""
+
+from orthoserde.manifest.records import (
+    COLUMNS,
+    DENSE,
+    FAKE_SPARSITY,
+    FORMAT_VERSION,
+    HOOK,
+    HOOK_SUFFIXES,
+    OPAQUE,
+    ORTHOGONAL,
+    SPECTRAL_NORM,
+    STRUCTURED,
+    WEIGHT_NORM,
+    Manifest,
+    ModuleRecord,
+    ParametrizationRecord,
+    ParametrizedRecord,
+    TensorRecord,
+    class_name,
+    join,
+    qualname_of,
+)
+from orthoserde.manifest.references import check_references
+
+__all__ = [
+    "COLUMNS",
+    "DENSE",
+    "FAKE_SPARSITY",
+    "FORMAT_VERSION",
+    "HOOK",
+    "HOOK_SUFFIXES",
+    "OPAQUE",
+    "ORTHOGONAL",
+    "SPECTRAL_NORM",
+    "STRUCTURED",
+    "WEIGHT_NORM",
+    "Manifest",
+    "ModuleRecord",
+    "ParametrizationRecord",
+    "ParametrizedRecord",
+    "TensorRecord",
+    "check_references",
+    "class_name",
+    "join",
+    "qualname_of",
+]

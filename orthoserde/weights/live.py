@@ -1,0 +1,66 @@
+"""The computed tensor and its distance from the constraint, from state alone.
+
+The parametrizations of the model are not run: spectral_norm's would move its buffers, a user's might draw random
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from orthoserde import _torch
+from orthoserde.parametrizations import codec_for_type
+from orthoserde.registry import Registry
+from orthoserde.registry.codec import Codec, residual_of
+from orthoserde.registry.registered_class import RegisteredClass
+from orthoserde.walk import ParametrizedTensor
+
+
+def codecs_of(tensor: ParametrizedTensor, registry: Registry) -> list[Codec | None]:
+    """The codec of each of its parametrizations, None for an unregistered class."""
+    return [
+        codec_for_type(registry, _torch.class_before_parametrizations(_torch.unwrap(parametrization)))
+        for parametrization in tensor.parametrizations
+    ]
+
+
+def spoken_for(tensors: Iterable[ParametrizedTensor], registry: Registry) -> set[int]:
+    """Ids of all modules that the records of parametrized tensors say all of.
+
+    These are their parametrizations, and what is inside of one whose codec says all of it. A class that was merely
+    registered may have been given its parts.
+    """
+    found: set[int] = set()
+    for tensor in tensors:
+        for link, codec in zip(tensor.parametrizations, codecs_of(tensor, registry), strict=True):
+            inside = _torch.unwrap(link)
+            whole = codec is not None and not isinstance(codec, RegisteredClass)
+            found |= {id(part) for part in inside.modules()} if whole else {id(inside)}
+    return found
+
+
+def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
+    """The computed tensor, without a graph; None where a class or its configuration is not known."""
+    current = {name: original.detach() for name, original in tensor.originals.items()}
+    weight: Tensor | None = None
+    with _torch.undisturbed():
+        for wrapped, codec in zip(tensor.parametrizations, codecs_of(tensor, registry), strict=True):
+            parametrization = _torch.unwrap(wrapped)
+            config = None if codec is None else codec.config(parametrization)
+            if codec is None or config is None:
+                return None
+            own = {role: value.detach() for role, value in codec.tensors(parametrization).items()}
+            weight = codec.compute(config, {**current, **own})
+            current = {"original": weight}
+    return weight
+
+
+def residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:
+    """Distance of the computed tensor from its last constraint; None where there is none to measure."""
+    last = codecs_of(tensor, registry)[-1]
+    weight = computed(tensor, registry)
+    if last is None or weight is None:
+        return None
+    return residual_of(last, weight, last.config(_torch.unwrap(tensor.parametrizations[-1])))

@@ -93,7 +93,7 @@ nitpicky = True
 # Types of Python and torch, and names that are this package's own but not public, are shown and lead nowhere.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|enum|numpy|os|pathlib|torch|typing)\..*"),
-    (r"py:class", r"JSON|Path|Reference|Tensor|SaveArguments|orthoserde\.registry\.ModuleClass"),
+    (r"py:class", r"JSON|Path|Reference|Tensor|SaveArguments|orthoserde\.registry\.(\w+\.)*ModuleClass"),
 ]
 
 exclude_patterns = ["examples"]

@@ -60,6 +60,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
         ],
         "Command line": ["command-line"],
         "Files": ["file-format", "sources", "forms", "numerics"],
+        "Versions": ["versions"],
     },
     "explanation/index": {
         "": ["why-state-dict-is-not-enough", "compact-bases", "architecture", "security", "performance"],

@@ -63,7 +63,7 @@ def save(
         path: The file to create or replace. A symbolic link is followed. With ``max_shard_size``, a folder; it is made
             if there is none.
         optimizer: An optimizer whose state is saved along, or several by name. Its state is kept by the names of
-            parameters, not by their numbers. All of its parameters must be the model's.
+            parameters, not by their numbers. All of its parameters must be the model's. Gradients are not saved.
         state: What else training goes on from, by name: objects with ``state_dict`` and ``load_state_dict``
             (schedulers, gradient scalers, samplers), ``torch.Generator``, and plain values; made of tensors, numbers,
             strings, None, and lists, tuples and dicts of them.
@@ -74,7 +74,8 @@ def save(
 
             - ``"auto"``: as its first k columns, where the others are their canonical completion bit for bit, as in
               what :func:`orthoserde.orthogonal` registers; else whole, as with torch's own completion, a random one.
-              To find out takes n k k multiplications; above 2**26 (half a second) it is stored whole untried.
+              To find out takes n k k multiplications; above 2**26 (half a second) it is stored whole untried, which
+              the report says.
             - ``"dense"``: whole.
             - ``"compact"``: as columns, however long it takes to find out; where that cannot be, refuse.
 

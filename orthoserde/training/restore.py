@@ -58,10 +58,11 @@ class Targets:
             raise TypeError("state: expected a mapping of names to objects and values")
         if state is not None and not isinstance(state, MutableMapping) and not all(map(is_object, state.values())):
             raise TypeError("state: expected a dict, into which plain values can be put")
-        names = (reset,) if isinstance(reset, str) else tuple(reset)
+        given: object = reset
+        names = (reset,) if isinstance(reset, str) else tuple(reset) if isinstance(given, Iterable) else (given,)
         if not all(isinstance(name, str) for name in names):
             raise TypeError("reset: expected names of tensors, or 'all'")
-        return cls(labelled(optimizer), cast("Mapping[str, object]", state or {}), rng, names)
+        return cls(labelled(optimizer), cast("Mapping[str, object]", state or {}), rng, cast("tuple[str, ...]", names))
 
 
 NOTHING = Targets({}, {}, False, ())

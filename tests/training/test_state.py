@@ -569,6 +569,28 @@ def test_arguments_of_other_types_are_type_errors(tmp_path: Path) -> None:
                 action(model, tmp_path / "m", **arguments)
 
 
+@pytest.mark.parametrize("reset", [3, None, True, ["0.weight", 3]], ids=str)
+def test_a_reset_of_what_is_no_name_is_a_type_error(reset: Any, tmp_path: Path) -> None:
+    model, optimizer = saved(tmp_path / "m")
+    with pytest.raises(TypeError, match="reset: expected names of tensors, or 'all'"):
+        orthoserde.load(model, tmp_path / "m", optimizer=optimizer, reset=reset)
+
+
+def test_gradients_are_not_in_a_file_and_are_left_alone_by_a_load(tmp_path: Path) -> None:
+    """As the tutorial says: half of an accumulation is in no checkpoint."""
+    model, optimizer = saved(tmp_path / "m")
+    assert not any("grad" in key for key in load_file(tmp_path / "m"))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    before = {name: None if gradient is None else gradient.clone() for name, gradient in gradients.items()}
+    orthoserde.load(model, tmp_path / "m", optimizer=optimizer)
+    for name, parameter in model.named_parameters():
+        gradient, expected = parameter.grad, before[name]
+        assert gradient is gradients[name]
+        assert gradient is not None
+        assert expected is not None
+        assert same_bits(gradient, expected)
+
+
 # Random generators
 
 

@@ -142,14 +142,15 @@ def inspect(
         typer.Option("--residuals", help="Compute each parametrized tensor, and how far it is from its constraint."),
     ] = False,
     plot: Annotated[
-        str, typer.Option(metavar="FILE.png", help="Draw spectra and |Q^H Q - I|, which computes the tensors too.")
-    ] = "",
+        str | None,
+        typer.Option(metavar="FILE.png", help="Draw spectra and |Q^H Q - I|, which computes the tensors too."),
+    ] = None,
     everything: All = False,
     as_json: Json = False,
 ) -> int:
     """Say what a checkpoint holds. Only headers are read, unless you ask for more."""
     output = Output()
-    if plot:
+    if plot is not None:
         try:
             plots.check_target(plot)
         except (ConfigError, FileAccessError) as error:
@@ -167,7 +168,7 @@ def inspect(
             lines += [Text(), *show_residuals(report, output.width, everything=everything)]
             if not report.ok:
                 lines.append(Text("NOT OK: orthoserde verify says more", style="bold red"))
-        if plot:
+        if plot is not None:
             try:
                 with Bar("drawing", manifest.nbytes) as bar:
                     picture = plots.plot(watched(found, bar.advance, verify=True), in_process(None), plot)

@@ -180,7 +180,7 @@ class TestInspect:
     def test_a_picture_that_is_refused_is_3(self, run: Run, sound: Path, tmp_path: Path) -> None:
         before = sound.read_bytes()
         (tmp_path / "folder.png").mkdir()
-        places = [sound, tmp_path, tmp_path / "p.jpg", tmp_path / "folder.png", tmp_path / "none" / "p.png"]
+        places = ["", sound, tmp_path, tmp_path / "p.jpg", tmp_path / "folder.png", tmp_path / "none" / "p.png"]
         if sys.platform != "win32":
             os.mkfifo(tmp_path / "fifo.png")
             places.append(tmp_path / "fifo.png")

@@ -106,9 +106,10 @@ def typing(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run every Python block of the README and of the pages under docs/."""
+    """Build the site of the pages in build/site, strictly, and run every Python block of theirs and of the README."""
     install(session)
-    session.run("pytest", "tests/test_docs.py", *session.posargs)
+    session.run("sphinx-build", "-W", "--keep-going", "-E", "-q", "-b", "html", "docs", "build/site")
+    session.run("pytest", "-m", "not soak", "tests/test_site.py", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session(default=False)

@@ -60,6 +60,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
         ],
         "Command line": ["command-line"],
         "Files": ["file-format", "sources", "forms", "numerics"],
+        "Versions": ["versions"],
     },
     "explanation/index": {
         "": ["why-state-dict-is-not-enough", "compact-bases", "architecture", "security", "performance"],
@@ -93,12 +94,12 @@ nitpicky = True
 # Types of Python and torch, and names that are this package's own but not public, are shown and lead nowhere.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|enum|numpy|os|pathlib|torch|typing)\..*"),
-    (r"py:class", r"JSON|Path|Reference|Tensor|SaveArguments|orthoserde\.registry\.ModuleClass"),
+    (r"py:class", r"JSON|Path|Reference|Tensor|SaveArguments|orthoserde\.registry\.(\w+\.)*ModuleClass"),
 ]
 
 exclude_patterns = ["examples"]
 myst_heading_anchors = 4
-# The alternative would be to quote code in a language that it is not in.
+# What is indented without a language is formulas, not Python.
 highlight_language = "text"
 
 autodoc_member_order = "bysource"
@@ -119,7 +120,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 # A page that has no neighbours needs no list of them.
-html_sidebars = {"tutorial/*": []}
+html_sidebars: dict[str, list[str]] = {"tutorial/*": []}
 html_theme_options = {
     "navigation_with_keys": False,
     "show_toc_level": 1,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import orthoserde
 from orthoserde import storage
-from orthoserde.completion import complete
 from orthoserde.manifest import Manifest
 from orthoserde.manifest.as_json import encode_manifest
 from orthoserde.manifest.trees import decode_tree
+from orthoserde.orthonormal.completion import complete
 from orthoserde.tensor_bytes import empty_like_recorded
 from orthoserde.transforms import expand
 from tests.format import second_arrays, second_reader

@@ -151,8 +151,8 @@ def _cell(found: Found | None) -> str:
         return "not read"
     if found.differing:
         return f"{len(found.differing)} differ"
-    weights = f", {found.weights} weights within {found.rounding:.2g} eps" if found.weights else ""
-    return f"{found.tensors} tensors equal{weights}"
+    weights = f", {found.weights} within {found.rounding:.2g} eps" if found.weights else ""
+    return f"{found.tensors} equal{weights}"
 
 
 def main(folder: Path) -> int:

@@ -125,6 +125,14 @@ def test_a_docstring_names_every_argument(name: str) -> None:
         assert f"\n    {parameter}: " in text
 
 
+@pytest.mark.parametrize("name", [name for name, each in vars(orthoserde.Codec).items() if inspect.isfunction(each)])
+def test_whoever_writes_a_codec_is_told_of_every_argument(name: str) -> None:
+    method = getattr(orthoserde.Codec, name)
+    if not name.startswith("_"):
+        text = inspect.getdoc(method) or ""
+        assert [each for each in list(inspect.signature(method).parameters)[1:] if f"\n    {each}: " not in text] == []
+
+
 @pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isclass(value)])
 def test_the_docstring_of_a_value_names_every_attribute(name: str) -> None:
     value = PUBLIC[name]

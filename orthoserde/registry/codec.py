@@ -40,7 +40,14 @@ class Codec(Protocol):
     version: int
 
     def config(self, parametrization: nn.Module) -> dict[str, JSON] | None:
-        """All that the tensors leave out; None where it is not known."""
+        """All that the tensors leave out.
+
+        Args:
+            parametrization: An object of :attr:`type`.
+
+        Returns:
+            Values of JSON by name, which a load compares with those of the model; None where they are not known.
+        """
 
     def build(self, config: Mapping[str, JSON], like: Tensor | None) -> nn.Module:
         """Make a parametrization, its tensors not yet filled: no ``right_inverse``, no factorisation.
@@ -49,38 +56,98 @@ class Codec(Protocol):
             config: As :meth:`config` gave it.
             like: A tensor with the shape, dtype and device of the (first) original; None for a module.
 
+        Returns:
+            An object of :attr:`type`. No random generator has been used.
+
         Raises:
             ConfigError: The configuration does not build.
         """
 
     def tensors(self, parametrization: nn.Module) -> dict[str, Tensor]:
-        """Its own parameters and persistent buffers, by role."""
+        """Its own parameters and persistent buffers, by role.
+
+        Args:
+            parametrization: An object of :attr:`type`.
+
+        Returns:
+            The tensors themselves, not copies; None ones are left out.
+        """
 
     def compute(self, config: Mapping[str, JSON], tensors: Mapping[str, Tensor]) -> Tensor:
-        """The computed tensor, from state alone: the originals by name and its own tensors by role."""
+        """The computed tensor, from state alone, without a gradient; nothing that it is given changes.
+
+        Args:
+            config: As :meth:`config` gave it.
+            tensors: The originals by name and its own tensors by role, of one dtype and device where the class wants
+                that.
+
+        Returns:
+            The tensor, of the shape that :meth:`shape` gives.
+
+        Raises:
+            ConfigError: The configuration does not build.
+        """
 
     def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size | None:
-        """Shape of the computed tensor, given those of its inputs; None where only running it would tell."""
+        """Shape of the computed tensor; None where only running it would tell.
+
+        Args:
+            originals: Shapes of its inputs by name: ``original``, or ``original0``, ``original1``, ...
+        """
 
     def check(
         self, config: Mapping[str, JSON], originals: Mapping[str, Sequence[int]], roles: Mapping[str, Sequence[int]]
     ) -> str | None:
-        """What is wrong with the shapes of its inputs and its own tensors in this configuration; None if nothing."""
+        """What is wrong with the shapes of its inputs and its own tensors in this configuration; None if nothing.
+
+        Args:
+            config: As :meth:`config` gave it, or as the file of a stranger has it.
+            originals: Shapes of its inputs by name.
+            roles: Shapes of its own tensors by role.
+
+        Returns:
+            What was expected and what was found, in words.
+        """
 
     def residual(self, weight: Tensor) -> float | None:
-        """Distance of a computed tensor from the constraint; None where there is no constraint to measure."""
+        """Distance of a computed tensor from the constraint, without a unit; 0 where it is on it.
+
+        Args:
+            weight: The computed tensor, of any floating or complex dtype.
+
+        Returns:
+            The distance that the implementation states, such as ``max |Q^H Q - I|``; None without one.
+        """
 
     def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
-        """Whether a computed tensor is on the constraint, as far as a tensor of float32 or better can be."""
+        """Whether a computed tensor is on the constraint, as far as a tensor of float32 or better can be.
+
+        Args:
+            weight: The computed tensor.
+            config: As :meth:`config` gave it.
+        """
 
     def project(self, weight: Tensor, config: Mapping[str, JSON]) -> Tensor:
-        """The nearest tensor on the constraint."""
+        """The nearest tensor on the constraint, of the same shape and dtype.
+
+        Args:
+            weight: A tensor that :meth:`admits` does not take.
+            config: As :meth:`config` gave it.
+        """
 
     def recovers(self, config: Mapping[str, JSON]) -> bool:
-        """Whether :meth:`from_weight` can do anything with this configuration."""
+        """Whether :meth:`from_weight` can do anything with this configuration.
+
+        Args:
+            config: As :meth:`config` gave it.
+        """
 
     def from_weight(self, weight: Tensor, config: Mapping[str, JSON]) -> dict[str, Tensor]:
         """State of which the computed tensor is ``weight``, within the tolerance that the implementation states.
+
+        Args:
+            weight: A computed tensor that :meth:`admits` takes.
+            config: As :meth:`config` gave it.
 
         Returns:
             The originals by name and its own tensors by role: a chart that starts afresh at this weight.
@@ -91,6 +158,10 @@ class Codec(Protocol):
 
     def upgrade(self, config: dict[str, JSON], from_version: int) -> dict[str, JSON]:
         """Bring the configuration of an older version up to :attr:`version`.
+
+        Args:
+            config: A copy of what the file has.
+            from_version: The version of that, less than :attr:`version`.
 
         Raises:
             ConfigError: It cannot be done.

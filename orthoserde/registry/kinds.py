@@ -53,6 +53,9 @@ class Registry:
             adapter: Whether modules of this class and of its subclasses are adapters, as LoReFT is: of a model that
                 holds one, ``save`` leaves out the frozen tensors outside of them.
 
+        Returns:
+            The decorator, which returns the class itself.
+
         Raises:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.
 
@@ -82,6 +85,9 @@ class Registry:
 
     def add(self, codec: Codec) -> None:
         """Register a codec. The same class defined again (a notebook cell run twice) replaces the earlier one.
+
+        Args:
+            codec: An object with all that :class:`Codec` has.
 
         Raises:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.

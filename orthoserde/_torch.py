@@ -7,7 +7,6 @@ torch/nn/modules/rnn.py and torch/utils/checkpoint.py, read in torch 2.3.1 to 2.
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
-
-from orthoserde.errors import UnsupportedModuleError
 
 OrthogonalModule: type[nn.Module] = parametrizations._Orthogonal
 WeightNormModule: type[nn.Module] = parametrizations._WeightNorm
@@ -255,64 +252,11 @@ def swap(tensor: Tensor, other: Tensor) -> None:
     torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
 
 
-def _refuse_fake_tensors() -> None:
-    """Inside of FakeTensorMode nothing that is read or written would be the real thing."""
+def in_fake_mode() -> bool:
+    """Whether this is inside of FakeTensorMode."""
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensorMode", None)
     mode: object = _get_current_dispatch_mode()
-    if fake is not None and isinstance(mode, fake):
-        raise UnsupportedModuleError("inside of FakeTensorMode there is nothing to save or load; leave it first")
-
-
-@contextlib.contextmanager
-def plain_arithmetic() -> Iterator[None]:
-    """Compute in the dtypes of the tensors, without autocast, and make new tensors on the CPU unless told otherwise."""
-    with contextlib.ExitStack() as stack:
-        # A mode costs every call of torch a detour through Python, so it is entered only where the default is another.
-        if torch.empty(0).device.type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():  # without, torch warns that there is nothing to switch off
-            stack.enter_context(torch.autocast("cuda", enabled=False))
-        yield
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Leave autocast on one type of device."""
-    try:
-        return torch.autocast(device_type, enabled=False)
-    except RuntimeError:  # torch knows no autocast for this type of device (meta), so there is none to leave
-        return contextlib.nullcontext()
-
-
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    try:
-        return torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch 2.3 has one function for each
-        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
-    except RuntimeError:  # torch knows no autocast for this type of device (meta)
-        return False
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave the random generators (torch on CPU and CUDA, Python, NumPy) and inference mode as they are.
-
-    Inside of it torch computes as it does by default, see :func:`plain_arithmetic`, and new tensors are ordinary ones,
-    also when the caller is in ``torch.inference_mode``.
-    """
-    _refuse_fake_tensors()
-    numpy_random = sys.modules.get("numpy.random")
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random is not None else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    try:
-        with torch.inference_mode(False), plain_arithmetic(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
+    return fake is not None and isinstance(mode, fake)
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, join
+from orthoserde.orthonormal.probe import off_orthonormal
 from orthoserde.parametrizations import is_built_in
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
-from orthoserde.probe import off_orthonormal
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import residual_of
 from orthoserde.reports import VerifyReport
@@ -50,7 +50,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
     misfits: dict[str, str] = {}
     not_measured = _unrecorded(manifest)
     limit = max(SCRATCH_BYTES, manifest.nbytes)
-    with _torch.undisturbed():
+    with modes.undisturbed():
         for stored, record in zip(manifest.parametrized, expanded.manifest.parametrized, strict=True):
             try:
                 if any(manifest.kept_key(key) in damaged for key in stored.tensor_keys()):
@@ -94,7 +94,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
 def _base_error(record: ParametrizedRecord, checkpoint: Checkpoint) -> float | None:
     """How far the whole base of an orthogonal tensor is from orthogonal; None if it is, or if there is none.
 
-    A weight that was put into the first columns of another rotation's base looks right; see ``orthoserde.probe``.
+    A weight that was put into the first columns of another rotation's base looks right; see `orthonormal/probe.py`.
     """
     for index, link in enumerate(record.chain):
         if link.kind == ORTHOGONAL and link.tensors.get("base") == DENSE:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.errors import Problem, UnsupportedModuleError
 from orthoserde.integrations import in_process
 from orthoserde.keys import prefixes_in, prefixes_of
@@ -59,7 +59,7 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
         ['bias', 'weight']
     """
     registry = in_process(registry)
-    with _torch.undisturbed(), torch.no_grad():
+    with modes.undisturbed(), torch.no_grad():
         survey = _Survey(take_inventory(model))
         tensors, problems = survey.tensors, list(survey.problems())
         weights: list[Tensor] = []

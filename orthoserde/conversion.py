@@ -313,7 +313,7 @@ def _check_reft(checkpoint: Checkpoint) -> None:
 
 def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> None:
     """Refuse a target that is the source, or a part of it, or holds it, or is there already."""
-    real_source, real_target = os.path.realpath(source), os.path.realpath(target)
+    real_source, real_target = _real(source), _real(target)
     if not os.path.exists(source):
         return  # opening it says so
     try:
@@ -340,6 +340,13 @@ def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> 
             "give the name of a folder" if is_folder else "give another name, or replace it with force=True (--force)"
         )
         raise FileAccessError(errno.EEXIST, f"is there already; {hint}", target)
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError as error:  # a NUL in it, or what no name can hold
+        raise FileAccessError(errno.EINVAL, str(error), path) from error
 
 
 def _is_in(path: str, folder: str) -> bool:

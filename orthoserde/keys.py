@@ -12,15 +12,15 @@ from orthoserde.manifest import join
 from orthoserde.walk import ParametrizedTensor
 
 
-def tensor_names(path: str, aliases: Iterable[str], tensor_name: str) -> list[str]:
-    """Names of a tensor of a module that stands under these paths."""
-    return [join(each, tensor_name) for each in (path, *aliases)]
+def names_of(tensor: ParametrizedTensor) -> list[str]:
+    """Its name under each path of its module."""
+    return [join(path, tensor.tensor_name) for path in (tensor.module_path, *tensor.aliases)]
 
 
 def prefixes_of(tensor: ParametrizedTensor) -> list[str]:
     """What the keys of its parts begin with, or stand under, for each path of its module."""
     name = f"{tensor.tensor_name}\0hook" if tensor.hook_names else f"parametrizations.{tensor.tensor_name}"
-    return tensor_names(tensor.module_path, tensor.aliases, name)
+    return [join(path, name) for path in (tensor.module_path, *tensor.aliases)]
 
 
 def hook_prefixes(hooked: Iterable[ParametrizedTensor]) -> dict[str, str]:

@@ -102,7 +102,7 @@ def outline(manifest: Manifest, *, join_alike: bool = True) -> Branch:
             root.at(path).leaves.append(
                 dataclasses.replace(leaf, sort="tied", nbytes=0, links=(), note=f"= {record.name}")
             )
-            inside.update(dataclasses.replace(record, module=path).tensor_keys())
+            inside.update(record.at(path).tensor_keys())
     computed = set(manifest.computed)
     for key, tensor in manifest.tensors.items():
         if key not in inside:

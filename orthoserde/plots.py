@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, MissingPackageError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
+from orthoserde.orthonormal.rounding import gram_error, tall
 from orthoserde.registry import Registry
 from orthoserde.storage.atomic import replacing
 from orthoserde.storage.writer import write_all
@@ -145,7 +146,7 @@ def _rows(checkpoint: Checkpoint, registry: Registry) -> tuple[list[_Row], dict[
     expanded = expand(checkpoint)
     rows: list[_Row] = []
     left_out: dict[str, str] = {}
-    with _torch.undisturbed():
+    with modes.undisturbed():
         for record in expanded.manifest.parametrized:
             if len(rows) == MOST_TENSORS:
                 left_out[record.name] = f"a picture shows {MOST_TENSORS}"
@@ -160,9 +161,8 @@ def _rows(checkpoint: Checkpoint, registry: Registry) -> tuple[list[_Row], dict[
             if matrix is None:
                 left_out[record.name] = f"not a finite matrix of a size that can be drawn: {list(weight.shape)}"
                 continue
-            rows.append(
-                _Row(record.name, torch.linalg.svdvals(matrix), _cells(_gram_error(matrix)) if orthogonal else None)
-            )
+            error = _cells(gram_error(matrix).abs()) if orthogonal else None
+            rows.append(_Row(record.name, torch.linalg.svdvals(matrix), error))
     return rows, left_out
 
 
@@ -171,15 +171,9 @@ def _matrix(weight: Tensor, orthogonal: bool) -> Tensor | None:
     if weight.dim() < 2 or not weight.numel() or not (weight.is_floating_point() or weight.is_complex()):
         return None
     matrix = weight[(0,) * (weight.dim() - 2)] if orthogonal else weight.flatten(1)
-    matrix = matrix.to(torch.complex128 if weight.is_complex() else torch.float64)
-    matrix = matrix.mT if matrix.size(0) < matrix.size(1) else matrix
+    matrix = tall(matrix.to(torch.complex128 if weight.is_complex() else torch.float64))
     n, k = matrix.shape
     return matrix if n * k * k <= MOST_MULTIPLICATIONS and bool((matrix.abs() < LARGEST).all()) else None
-
-
-def _gram_error(matrix: Tensor) -> Tensor:
-    error: Tensor = (matrix.mH @ matrix - torch.eye(matrix.size(1), dtype=matrix.dtype)).abs()
-    return error
 
 
 def _cells(error: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -320,3 +321,29 @@ def hook_of_a_subclass(layer: nn.Module) -> Any:
     for hook in layer._forward_pre_hooks.values():
         cast("Any", hook).__class__ = HalfSpectralNorm
     return layer
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, shape: Sequence[int], numbers: Iterable[int]
+) -> list[float]:
+    """Train on batches of a shape, each by its number; return the losses."""
+    losses: list[float] = []
+    for number in numbers:
+        batch = torch.randn(*shape, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        loss = (model(batch) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make another dtype the default for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

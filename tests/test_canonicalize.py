@@ -18,8 +18,8 @@ from torch.optim import SGD, Adam, Optimizer
 import orthoserde
 from orthoserde import CanonicalizeError, CanonicalizeReport, Fidelity
 from orthoserde.charts import apply
-from orthoserde.completion import Completion, complete
-from orthoserde.parametrizations.orthogonal import tall
+from orthoserde.orthonormal.completion import Completion, complete
+from orthoserde.orthonormal.rounding import tall
 from tests.helpers import assert_unchanged, bits, same_bits, snapshot
 from tests.test_charts import Holder, link, weight_of
 

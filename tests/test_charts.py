@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import orthoserde
 from orthoserde import Fidelity
-from orthoserde.completion import complete
+from orthoserde.orthonormal.completion import complete
 from tests.helpers import assert_unchanged, same_bits, snapshot
 
 MAPS = ["matrix_exp", "cayley", "householder"]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthoserde.completion import complete, tree_sum
+from orthoserde.orthonormal.completion import complete, tree_sum
 from orthoserde.tensor_bytes import iter_bytes
 from tests.helpers import same_bits
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthoserde.completion import Completion, complete
+from orthoserde.orthonormal.completion import Completion, complete
 from tests.helpers import same_bits
 
 #: A number as its real and imaginary part; of a real one the latter is a zero that nothing depends on.

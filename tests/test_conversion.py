@@ -234,6 +234,16 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="expected one of dense, compact"):
             convert(source, tmp_path / "x", "sparse")  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("path", ["a\0b", "a\ud800b"])
+    @pytest.mark.parametrize("form", ["dense", "pyreft"])
+    def test_what_is_no_path_is_refused(self, path: str, form: Form, source: Path, tmp_path: Path) -> None:
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(FileAccessError, match=r"null|surrogate"):
+            convert(f"{tmp_path}/{path}", tmp_path / "x", form)
+        with pytest.raises(FileAccessError, match=r"null|surrogate"):
+            convert(source, f"{tmp_path}/{path}", form, force=True)
+        assert sorted(tmp_path.iterdir()) == before
+
     def test_no_source_and_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointNotFoundError):
             convert(tmp_path / "none", tmp_path / "x", "dense")

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 import orthoserde
 from orthoserde import Finding, Severity, TrainingTrapWarning, diagnose
 from orthoserde.integrations import loreft
-from orthoserde.probe import off_orthonormal
+from orthoserde.orthonormal.probe import off_orthonormal
 from orthoserde.reports import Code
 from orthoserde.traps import warn_of_traps
 from tests.helpers import assert_unchanged, lived_in, scramble_, snapshot

@@ -23,7 +23,7 @@ from orthoserde import Fidelity, IncompatibleModelError, LegacyCheckpointWarning
 from orthoserde.registry import default_registry
 from orthoserde.walk import take_inventory
 from orthoserde.weights.live import computed
-from tests.helpers import assert_unchanged, same_bits, snapshot
+from tests.helpers import assert_unchanged, same_bits, snapshot, train
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "forms.md"
 BEGIN, END = "<!-- table: python -m tests.test_forms -->", "<!-- end of table -->"
@@ -121,19 +121,9 @@ def in_form(form: str, kind: Kind, seed: int) -> nn.Module:
     return make(plain_model(seed))
 
 
-def train(model: nn.Module, steps: int, first: int) -> list[float]:
-    """Train with SGD, which keeps no state of its own, on batches by their number; return the losses."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    losses: list[float] = []
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(2, 3, 12, generator=generator)
-        optimizer.zero_grad()
-        loss = (model(x) - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+def losses_of(model: nn.Module, steps: int, first: int) -> list[float]:
+    """Train with SGD, which keeps no state of its own; return the losses."""
+    return train(model, torch.optim.SGD(model.parameters(), lr=0.05), (2, 3, 12), range(first, first + steps))
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -154,7 +144,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 def saved(owner: str, form: str, kind: Kind, path: Path) -> nn.Module:
     """Save a model that has been trained; return it."""
     model = in_form(PARAMETRIZED if form == BAKED else form, kind, seed=0)
-    train(model, 3, first=0)
+    losses_of(model, 3, first=0)
     if form == BAKED:
         orthoserde.bake_(model)
     if owner == OURS:
@@ -183,7 +173,7 @@ def outcome(name: str, owner: str, form: str, target: str) -> str:
         path = Path(folder) / "model"
         model = saved(owner, form, kind, path)
         other = in_form(target, kind, seed=1)
-        train(other, 2, first=50)  # old hooks then hold the weight of their last forward
+        losses_of(other, 2, first=50)  # old hooks then hold the weight of their last forward
         before = snapshot(other)
         try:
             with warnings.catch_warnings():
@@ -199,7 +189,7 @@ def outcome(name: str, owner: str, form: str, target: str) -> str:
         recovered = form in (BAKED, PLAIN) and kind.eps
         return "equal outputs" if not recovered else f"outputs within {kind.eps} eps"
     assert same_bits(outputs(model), outputs(other))
-    continued = train(model, 3, first=3) == train(other, 3, first=3)
+    continued = losses_of(model, 3, first=3) == losses_of(other, 3, first=3)
     other_order = kind.power_method and (form == HOOKS) != (target == HOOKS) and form not in (BAKED, PLAIN)
     assert continued == (not other_order)
     if report.fidelity is Fidelity.EXACT:

@@ -31,6 +31,7 @@ from tests.helpers import (
     scramble_,
     slots_of,
     snapshot,
+    train,
     with_hook,
 )
 
@@ -583,24 +584,13 @@ def test_training_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
         model = nn.Sequential(with_hook(kind, nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
         return model, torch.optim.Adam(model.parameters(), lr=0.05)
 
-    def train(model: Any, optimizer: torch.optim.Optimizer, first: int) -> list[float]:
-        losses: list[float] = []
-        for step in range(first, first + 3):
-            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            loss = (model(x) - 1).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
     model, optimizer = start(0)
-    train(model, optimizer, 0)
+    train(model, optimizer, (4, 3), range(3))
     orthoserde.save(model, tmp_path / "m", optimizer=optimizer)
     other, others = start(1)
-    train(other, others, 50)
+    train(other, others, (4, 3), range(50, 53))
     assert orthoserde.load(other, tmp_path / "m", optimizer=others).fidelity is Fidelity.EXACT
-    assert train(other, others, 3) == train(model, optimizer, 3)
+    assert train(other, others, (4, 3), range(3, 6)) == train(model, optimizer, (4, 3), range(3, 6))
 
 
 # Inside of parametrizations

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "orthoserde"
 
 FLOORS = {
     "errors": 0,
+    "modes": 0,
     "_version": 0,
     "_torch": 0,
     "json_values": 0,
@@ -21,8 +22,7 @@ FLOORS = {
     "reports": 0,
     "wording": 0,
     "side_by_side": 0,
-    "completion": 1,
-    "thin_maps": 1,
+    "orthonormal": 1,
     "optimizers": 1,
     "registry": 1,
     "storage": 1,
@@ -31,7 +31,6 @@ FLOORS = {
     "transforms": 2,
     "charts": 3,
     "baking": 3,
-    "probe": 2,
     "traps": 3,
     "walk": 2,
     "keys": 2,
@@ -59,7 +58,8 @@ FLOORS = {
 
 #: Arrows between rooms on one floor; each points one way.
 SIDEWAYS = {
-    ("_torch", "errors"),
+    ("modes", "_torch"),
+    ("modes", "errors"),
     ("errors", "wording"),
     ("manifest", "wording"),
     ("json_values", "errors"),
@@ -87,7 +87,6 @@ SIDEWAYS = {
     ("proof", "api"),
     ("api", "opening"),
     ("conversion", "opening"),
-    ("probe", "parametrizations"),
     ("transforms", "weights"),
     ("walk", "parametrizations"),
     ("__main__", "cli"),

@@ -30,6 +30,7 @@ from tests.helpers import (
     assert_same_state,
     assert_unchanged,
     bits,
+    default_dtype,
     header_bytes,
     lived_in,
     scramble_,
@@ -108,16 +109,6 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
     ) -> object:
         return func(*args, **(kwargs if isinstance(kwargs, dict) else {}))
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 MODES: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {

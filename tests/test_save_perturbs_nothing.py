@@ -17,7 +17,16 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 
 import orthoserde
 from orthoserde import Fidelity, UnsupportedModuleError
-from tests.helpers import assert_same_state, assert_unchanged, lived_in, scramble_, slots_of, snapshot, surroundings
+from tests.helpers import (
+    assert_same_state,
+    assert_unchanged,
+    default_dtype,
+    lived_in,
+    scramble_,
+    slots_of,
+    snapshot,
+    surroundings,
+)
 
 
 class Noisy(nn.Module):
@@ -156,16 +165,6 @@ def test_a_load_keeps_modes_gradients_and_what_is_trainable(tmp_path: Path, mode
 
 
 # Modes of torch, around the call
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
 from orthoserde.training import with_training
-from orthoserde.transforms import compact, compact_all
+from orthoserde.transforms import compact, compact_all, untried
 from orthoserde.traps import warn_of_traps
 
 #: How the bases of orthogonal parametrizations are stored.
@@ -147,10 +147,12 @@ class Prepared:
     Attributes:
         checkpoint: It follows the model until it has been written, unless it is a snapshot.
         measured: Reports the debug metrics; they are those of the model at the moment of the call.
+        untried: Parametrized tensors whose bases ``base="auto"`` left whole, for the work that finding out would take.
     """
 
     checkpoint: Checkpoint
     measured: Callable[[], None]
+    untried: tuple[str, ...] = ()
 
     def write(self, path: str | os.PathLike[str], max_shard_size: int | str | None = None) -> SaveReport:
         """Write it to a file or a folder, and say what was saved; raises as :func:`save` does."""
@@ -159,7 +161,7 @@ class Prepared:
                 file_bytes = storage.write(checkpoint, path)
             else:
                 file_bytes = storage.write_shards(checkpoint, path, max_shard_size)
-            report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes)
+            report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes, self.untried)
         self.measured()
         return report
 
@@ -168,7 +170,7 @@ class Prepared:
 
         The debug metrics are reported now, while the model is what the file will hold.
         """
-        copied = Prepared(self.checkpoint.snapshot(reuse), _nothing)
+        copied = Prepared(self.checkpoint.snapshot(reuse), _nothing, self.untried)
         self.measured()
         return copied
 
@@ -198,10 +200,11 @@ def prepare(
     measured = _nothing if sink is None else functools.partial(Watch("save", model, registry).report, sink)
     captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
     captured = with_training(captured, model, optimizer=optimizer, state=state, rng=rng)
-    return Prepared(_STORED[base](captured), measured)
+    stored = _STORED[base](captured)
+    return Prepared(stored, measured, untried(stored.manifest) if base == "auto" else ())
 
 
-def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
+def _save_report(manifest: Manifest, path: str, file_bytes: int, untried: tuple[str, ...]) -> SaveReport:
     reasons: list[str] = []
     if manifest.compact:
         reasons.append("bases are stored as columns")
@@ -229,5 +232,6 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int) -> SaveReport:
         ),
         needs_orthoserde=tuple(reasons),
         compact=manifest.compact,
+        untried=untried,
         training="" if manifest.training is None else str(manifest.training),
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch, json_values
+from orthoserde import _torch, json_values, modes
 from orthoserde._version import __version__
 from orthoserde.capture.scope import Select, scope_of
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, LiveTensor, TensorSource
@@ -58,7 +58,7 @@ def capture(
         UnsupportedModuleError: The model holds state that would be lost; every such place is listed.
         ConfigError: A registered class gives a configuration that is not JSON, or ``select`` selects nothing.
     """
-    with _torch.undisturbed():
+    with modes.undisturbed():
         inventory = take_inventory(model)
         scope = scope_of(inventory, registry, select)
         problems = [

@@ -13,7 +13,7 @@ from orthoserde.charts.plan import Change
 from orthoserde.charts.states import Reset
 from orthoserde.charts.survey import CODEC, Chart
 from orthoserde.charts.turn import turning
-from orthoserde.completion import row_parts
+from orthoserde.orthonormal.completion import row_parts
 from orthoserde.reports import ChartReport
 from orthoserde.tensor_bytes import column_major_strides
 

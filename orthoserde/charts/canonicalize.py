@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.charts.apply import carry_out
 from orthoserde.charts.plan import make_plan
 from orthoserde.charts.states import optimizers_of
@@ -64,7 +64,7 @@ def canonicalize_(
     orthoserde/charts/turn.py; Note [Equivariant optimizers] in orthoserde/charts/states.py.
     """
     optimizers = optimizers_of(optimizer)
-    with _torch.undisturbed(), torch.no_grad():
+    with modes.undisturbed(), torch.no_grad():
         reports, changes = make_plan(model, optimizers, reset=reset_state)
         reports |= {change.chart.name: carry_out(change) for change in changes}
     return CanonicalizeReport(reports)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from orthoserde import _torch
-from orthoserde.completion import complete
-from orthoserde.parametrizations.orthogonal import default_map, initial_original, tall
+from orthoserde import _torch, modes
+from orthoserde.orthonormal.completion import complete
+from orthoserde.orthonormal.rounding import tall
+from orthoserde.parametrizations.orthogonal import default_map, initial_original
 from orthoserde.parametrizations.structured import Orthogonal, orthonormal
 from orthoserde.parametrizing import register_given
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
@@ -69,9 +70,9 @@ def orthogonal(
         raise ValueError("structured: it is the base that is not made then, and use_trivialization=False has none")
     square = weight.size(-2) == weight.size(-1)
     if not structured and (not use_trivialization or (square and weight.device.type != "meta")):
-        with _torch.plain_arithmetic():
+        with modes.plain_arithmetic():
             return parametrizations.orthogonal(module, name, chosen, use_trivialization=use_trivialization)
-    with torch.no_grad(), _torch.plain_arithmetic():
+    with torch.no_grad(), modes.plain_arithmetic():
         if structured:
             link: nn.Module = Orthogonal(weight.shape, chosen)
             original = cast("Orthogonal", link).right_inverse(weight)

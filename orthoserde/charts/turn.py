@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from orthoserde.completion import Completion, matrices
-from orthoserde.parametrizations.orthogonal import tall
-from orthoserde.probe import off_orthonormal, times
+from orthoserde.orthonormal.completion import Completion, matrices
+from orthoserde.orthonormal.probe import off_orthonormal, times
+from orthoserde.orthonormal.rounding import tall
 from orthoserde.transforms.columns import admitted
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.comparison.report import DiffReport, Pair, TensorDifference
 from orthoserde.comparison.tensors import Side, compare, json_differences
@@ -43,7 +43,7 @@ def diff(
         FileAccessError: The system refuses to read a file.
         FileFormatError: A file changed meanwhile, or the columns that a base is worked out from are damaged.
     """
-    with _torch.undisturbed():
+    with modes.undisturbed():
         one, two = Side(a), Side(b)
         for side, other in ((one, two), (two, one)):
             if not side.has_configuration:

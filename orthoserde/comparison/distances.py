@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from orthoserde.checkpoint import TensorSource
+from orthoserde.orthonormal.rounding import gram_error, tall
 from orthoserde.tensor_bytes import BLOCK_BYTES, DTYPES
 
 #: Elements that are compared at a time, in double precision.
@@ -119,7 +120,7 @@ def on_manifold(a: Tensor, b: Tensor) -> OnManifold | None:
     if not work or work > MOST_MULTIPLICATIONS:
         return None
     dtype = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    one, two = (_tall(each.detach().to(dtype)).reshape(-1, n, k) for each in (a, b))
+    one, two = (tall(each.detach().to(dtype)).reshape(-1, n, k) for each in (a, b))
     if not (_is_near(one) and _is_near(two)):
         return None
     angles: list[Tensor] = []
@@ -133,8 +134,7 @@ def on_manifold(a: Tensor, b: Tensor) -> OnManifold | None:
 
 def _is_near(batch: Tensor) -> bool:
     """Whether all matrices are orthonormal but for damage; in this form what is not finite is not."""
-    error = batch.mH @ batch - torch.eye(batch.size(-1), dtype=batch.dtype)
-    return float(error.abs().max()) <= FARTHEST
+    return float(gram_error(batch).abs().max()) <= FARTHEST
 
 
 def _principal_angles(one: Tensor, two: Tensor) -> Tensor:
@@ -155,10 +155,6 @@ def _rotation_angles(one: Tensor, two: Tensor) -> Tensor:
         return torch.full((one.size(0),), math.inf, dtype=torch.float64)
     angles: Tensor = torch.linalg.eigvals(turn).angle().abs()
     return angles
-
-
-def _tall(tensor: Tensor) -> Tensor:
-    return tensor.mT if tensor.size(-2) < tensor.size(-1) else tensor
 
 
 class _Sums:

@@ -11,7 +11,7 @@ from orthoserde.comparison import distances
 from orthoserde.comparison.distances import Distance
 from orthoserde.comparison.report import PLAIN, Pair, TensorDifference
 from orthoserde.json_values import JSON, differences
-from orthoserde.manifest import ORTHOGONAL, STRUCTURED, ParametrizedRecord, TensorRecord, join
+from orthoserde.manifest import ORTHOGONAL, STRUCTURED, ParametrizedRecord, TensorRecord
 from orthoserde.registry import Registry
 from orthoserde.transforms import expand, hook_keys, to_parametrizations, unstructure
 from orthoserde.weights.stored import Misfit, NotComputable, stored_weight
@@ -80,10 +80,7 @@ class Side:
 
 
 def _under_aliases(record: ParametrizedRecord) -> set[str]:
-    links = [record.alias_keys(i, role) for i, link in enumerate(record.chain) for role in link.tensors]
-    return set().union(*links) | {
-        join(path, record.local_original_key(name)) for path in record.aliases for name in record.originals
-    }
+    return {key for path in record.aliases for key in record.at(path).tensor_keys()}
 
 
 def compare(one: Side, two: Side, name: str, registry: Registry) -> TensorDifference | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -126,6 +127,11 @@ class ParametrizedRecord:
         return join(self.module, self.tensor_name)
 
     @property
+    def names(self) -> list[str]:
+        """Its name under each path of its module."""
+        return [join(path, self.tensor_name) for path in (self.module, *self.aliases)]
+
+    @property
     def hooked(self) -> bool:
         """Whether it had an older hook of torch, and its tensors have the names of that."""
         return HOOK in self.originals.values()
@@ -155,6 +161,10 @@ class ParametrizedRecord:
     def alias_keys(self, index: int, role: str) -> set[str]:
         """Key of a tensor of the parametrization at ``index`` under the other paths of the module."""
         return {join(path, self.local_link_key(index, role)) for path in self.aliases}
+
+    def at(self, path: str) -> ParametrizedRecord:
+        """The same tensor under another path of its module."""
+        return dataclasses.replace(self, module=path)
 
     def columns(self) -> list[tuple[int, str]]:
         """Link and role of its tensors that are stored as columns."""
@@ -222,6 +232,17 @@ class Manifest:
     def kept_key(self, key: str) -> str:
         """The key under which a tensor is stored, given that key or an alias."""
         return self.aliases.get(key, key)
+
+    @functools.cached_property
+    def _aliases_of(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for alias, kept in self.aliases.items():
+            found.setdefault(kept, set()).add(alias)
+        return found
+
+    def is_shared(self, record: ParametrizedRecord, index: int, role: str) -> bool:
+        """Whether a stored tensor of a parametrization is another tensor too, under names that it gives nothing."""
+        return not self._aliases_of.get(record.link_key(index, role), set()) <= record.alias_keys(index, role)
 
     @property
     def training_keys(self) -> list[str]:

@@ -89,9 +89,7 @@ def _odd_columns(record: ParametrizedRecord, manifest: Manifest) -> str | None:
     n, k = max(shape[-2:]), min(shape[-2:])
     key = record.link_key(0, "base")
     stored = manifest.tensors.get(key)
-    if stored is None or not {alias for alias, kept in manifest.aliases.items() if kept == key} <= record.alias_keys(
-        0, "base"
-    ):
+    if stored is None or manifest.is_shared(record, 0, "base"):
         return f"{key!r} is tied to another tensor"
     if not 0 < k < n or stored.shape != (*shape[:-2], n, k):
         return f"expected columns of shape {[*shape[:-2], n, k]} with fewer columns than rows, got {list(stored.shape)}"

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.completion import complete
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ORTHOGONAL
+from orthoserde.orthonormal.completion import complete
+from orthoserde.orthonormal.rounding import LARGEST_ROUNDING, MEAN_ROUNDING, gram_error, tall
 from orthoserde.registry.codec import OneVersion, own_tensors
 
-# Note [Rounding or damage]
-# Measured in float32 on weights of torch's three maps, 4 x 4 to 1024 x 1024, in units of eps: the largest entry of
-# Q^T Q - I is at most 404 and the root of its mean square at most 18. A weight that went through bfloat16 has a mean of
-# 20000 / sqrt(n), one that went through float16 2500 / sqrt(n): the mean tells them from rounding up to n = 7000 for
-# float16 and far beyond for bfloat16, where the largest entry, or torch's own 10 n eps, does not.
 CONFIG = frozenset({"orthogonal_map", "shape", "use_trivialization"})
-LARGEST_ROUNDING = 1000.0
-MEAN_ROUNDING = 30.0
 
 
 class OrthogonalCodec(OneVersion):
@@ -102,12 +96,12 @@ class OrthogonalCodec(OneVersion):
 
     def residual(self, weight: Tensor) -> float | None:
         """``max |Q^H Q - I|`` in double precision, Q the weight with its longer side first; 0 for an empty one."""
-        error = _gram_error(weight)
+        error = gram_error(weight)
         return float(error.abs().max()) if error.numel() else 0.0
 
     def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
         """Whether ``Q^H Q - I`` is rounding, in its largest entry and in the mean; see Note [Rounding or damage]."""
-        error = _gram_error(weight)
+        error = gram_error(weight)
         if error.numel() == 0:
             return True
         eps = torch.finfo(torch.float64 if weight.dtype in (torch.float64, torch.complex128) else torch.float32).eps
@@ -158,18 +152,8 @@ def default_map(weight: Tensor) -> str:
     return "matrix_exp" if square or weight.is_complex() else "householder"
 
 
-def tall(weight: Tensor) -> Tensor:
-    """The weight, or its transpose, with the longer side first."""
-    return weight.mT if weight.size(-2) < weight.size(-1) else weight
-
-
 def initial_original(weight: Tensor) -> Tensor:
     """The value of ``original`` at which the map is I: -1 on the diagonal, in memory as the weight is."""
     original = torch.zeros_like(weight)
     original.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
     return original
-
-
-def _gram_error(weight: Tensor) -> Tensor:
-    wide = tall(weight.detach()).to(torch.complex128 if weight.is_complex() else torch.float64)
-    return wide.mH @ wide - torch.eye(wide.size(-1), dtype=wide.dtype, device=wide.device)

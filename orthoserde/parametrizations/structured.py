@@ -8,14 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch
-from orthoserde.completion import reflectors
+from orthoserde import _torch, modes
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import STRUCTURED
-from orthoserde.parametrizations.orthogonal import OrthogonalCodec, initial_original, tall
+from orthoserde.orthonormal.completion import reflectors
+from orthoserde.orthonormal.rounding import tall
+from orthoserde.orthonormal.thin_maps import THIN_MAPS, in_base
+from orthoserde.parametrizations.orthogonal import OrthogonalCodec, initial_original
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
-from orthoserde.thin_maps import THIN_MAPS, in_base
 
 
 class Orthogonal(_torch.NoticesCasts):
@@ -112,7 +113,7 @@ class Orthogonal(_torch.NoticesCasts):
         traced = torch.compiler.is_compiling() or _torch.overrides_dispatch(columns)
         if not traced and not self._is_settled:
             self.settle()
-        with _torch.without_autocast(original.device.type):
+        with modes.without_autocast(original.device.type):
             top, bottom = THIN_MAPS[self.orthogonal_map](tall(original))
             if self._is_square:
                 weight = columns @ top
@@ -139,7 +140,7 @@ class Orthogonal(_torch.NoticesCasts):
             raise ValueError(
                 f"weight: expected {dtype} of shape {tuple(self.shape)}, got {weight.dtype} of {tuple(weight.shape)}"
             )
-        with torch.no_grad(), _torch.plain_arithmetic():
+        with torch.no_grad(), modes.plain_arithmetic():
             self.columns = orthonormal(tall(weight.detach())).clone(memory_format=torch.contiguous_format)
             self.settle()
         return initial_original(weight)

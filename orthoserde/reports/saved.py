@@ -25,6 +25,8 @@ class SaveReport:
         needs_orthoserde: Why ``model.load_state_dict(load_file(path))`` would not do without orthoserde; empty if it
             would.
         compact: Parametrized tensors whose base is stored as its first columns.
+        untried: Parametrized tensors whose base is stored whole by ``base="auto"``, because it takes more than half a
+            second to find out whether columns would do.
         training: What training state was saved, in words; empty if none was.
 
     Example:
@@ -45,6 +47,7 @@ class SaveReport:
     unconfigured: tuple[str, ...] = ()
     needs_orthoserde: tuple[str, ...] = ()
     compact: tuple[str, ...] = ()
+    untried: tuple[str, ...] = ()
     training: str = ""
 
     def __str__(self) -> str:
@@ -56,6 +59,8 @@ class SaveReport:
             lines.append(f"  training state: {self.training}")
         if self.compact:
             lines.append(f"  bases stored as columns: {len(self.compact)}")
+        if self.untried:
+            lines.append(f"  bases stored whole, where base='compact' would try columns: {len(self.untried)}")
         if self.aliases:
             lines.append(f"  tied and stored once: {len(self.aliases)}")
         if self.left_out:

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import (
     ConfigError,
@@ -61,7 +61,7 @@ def restore(
         raise ValueError("device: expected a device with memory, got 'meta'")
     if legacy not in get_args(Legacy):
         raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
-    with _torch.undisturbed():
+    with modes.undisturbed():
         inventory = take_inventory(model)
         forms = in_forms_of(checkpoint, inventory, registry, verify=verify)
         baked = bake_bare(forms.checkpoint.without_training(), inventory, registry, legacy)
@@ -182,7 +182,7 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
             f"{checkpoint.origin}: {root.kind} is not registered in this process; register the class first, or make "
             "the model yourself and use load"
         )
-    with _torch.undisturbed():
+    with modes.undisturbed():
         config = current_config(codec, root.config, root.version)
         if config is None:
             raise ConfigError(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import Problem
-from orthoserde.keys import tensor_names
-from orthoserde.manifest import HOOK_SUFFIXES, ORTHOGONAL, SPECTRAL_NORM, STRUCTURED, ParametrizedRecord, join
+from orthoserde.keys import names_of
+from orthoserde.manifest import HOOK_SUFFIXES, ORTHOGONAL, SPECTRAL_NORM, STRUCTURED
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
 from orthoserde.restore.check import check_digests
@@ -85,10 +85,10 @@ def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry
 
 def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, *, verify: bool) -> Forms:
     """Bring orthogonal tensors into the form that the model has."""
-    records = {name: record for record in checkpoint.manifest.parametrized for name in _names(record)}
+    records = {name: record for record in checkpoint.manifest.parametrized for name in record.names}
     wanted: dict[str, dict[str, str]] = {ORTHOGONAL: {}, STRUCTURED: {}}
     for tensor in inventory.parametrized:
-        names = tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)
+        names = names_of(tensor)
         record = next((records[name] for name in names if name in records), None)
         codecs = codecs_of(tensor, registry)
         if record is None or len(record.chain) != 1 or len(codecs) != 1 or codecs[0] is None:
@@ -117,13 +117,13 @@ def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registr
 
 def _in_hook_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry) -> Forms:
     """Give tensors the keys of hooks where the model has hooks, and of parametrizations where it has these or none."""
-    saved = {name: tensor for tensor in normed_tensors(checkpoint.manifest) for name in _names_of(tensor)}
+    saved = {name: tensor for tensor in normed_tensors(checkpoint.manifest) for name in tensor.names}
     to: dict[bool, list[NormedTensor]] = {True: [], False: []}
     converted: dict[str, Converted] = {}
     unclaimed = {tensor.name: tensor for tensor in saved.values()}
     left_out = set(checkpoint.manifest.left_out)
     for live in (*inventory.hooked, *inventory.parametrized):
-        names = tensor_names(live.module_path, live.aliases, live.tensor_name)
+        names = names_of(live)
         stored = {saved[name].name: saved[name] for name in names if name in saved}
         codec = codecs_of(live, registry)[0]
         for name in stored:
@@ -144,7 +144,7 @@ def _in_hook_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Reg
         bare = [
             tensor
             for tensor in unclaimed.values()
-            if tensor.hooked and any(name in inventory.slots for name in _names_of(tensor))
+            if tensor.hooked and any(name in inventory.slots for name in tensor.names)
         ]
         to[False] += bare
         converted |= {tensor.name: _as_converted(tensor) for tensor in bare}
@@ -167,11 +167,3 @@ def _as_converted(tensor: NormedTensor) -> Converted:
         remark = "equal in evaluation; in training the power method goes on from the other of its two vectors"
         return Converted(Fidelity.UNVERIFIED, f"; saved with {saved_as}: {remark}")
     return Converted(Fidelity.EXACT, f"; saved with {saved_as}")
-
-
-def _names_of(tensor: NormedTensor) -> list[str]:
-    return [join(path, tensor.tensor_name) for path in tensor.paths]
-
-
-def _names(record: ParametrizedRecord) -> list[str]:
-    return tensor_names(record.module, record.aliases, record.tensor_name)

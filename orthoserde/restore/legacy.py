@@ -18,7 +18,7 @@ from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, DamagedFileError, Problem
 from orthoserde.json_values import JSON
-from orthoserde.keys import hook_prefixes, parts_by_prefix, prefixes_of, tensor_names
+from orthoserde.keys import hook_prefixes, names_of, parts_by_prefix, prefixes_of
 from orthoserde.manifest import TensorRecord
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import Codec, residual_of
@@ -144,14 +144,14 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
     manifest = checkpoint.manifest
     recorded: set[str] = set()
     for stored in manifest.parametrized:
-        recorded.update(tensor_names(stored.module, stored.aliases, stored.tensor_name))
+        recorded.update(stored.names)
     present = parts_by_prefix([*manifest.tensors, *manifest.aliases], hook_prefixes(inventory.hooked)).keys()
     tensors, aliases = dict(manifest.tensors), dict(manifest.aliases)
     sources = dict(checkpoint.sources)
     weights: dict[str, ComputedWeight] = {}
     problems: list[Problem] = []
     for tensor in (*inventory.parametrized, *inventory.hooked):
-        names = tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)
+        names = names_of(tensor)
         keys = [name for name in names if name in manifest and name not in inventory.slots]
         if not keys or recorded.intersection(names) or not present.isdisjoint(prefixes_of(tensor)):
             continue

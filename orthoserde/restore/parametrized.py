@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from orthoserde import _torch
-from orthoserde.keys import local_names, prefixes_of, tensor_names
+from orthoserde.keys import local_names, names_of, prefixes_of
 from orthoserde.manifest import ParametrizedRecord, join
 from orthoserde.reports import RESTORED, Fidelity
 from orthoserde.restore.attach import Attachment, build_links
@@ -65,7 +65,7 @@ def _match_live(table: Table, record: ParametrizedRecord, tensor: ParametrizedTe
 def _match_unrecorded(table: Table, tensor: ParametrizedTensor) -> None:
     """A tensor that is parametrized in the model, and of whose parametrization the file says nothing."""
     prefixes = prefixes_of(tensor)
-    plain = tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)
+    plain = names_of(tensor)
     if any(prefix in table.file_parts for prefix in prefixes):
         if table.manifest.has_configuration and not tensor.hook_names:
             table.plan.mismatch(tensor.name, "the file has its tensors, but no record of its parametrization")

@@ -1,7 +1,7 @@
 """Checkpoints to checkpoints: what is stored another way, and stands for the same model."""
 
 from orthoserde.transforms.bake import bake
-from orthoserde.transforms.canonical import compact, compact_all, expand
+from orthoserde.transforms.canonical import compact, compact_all, expand, untried
 from orthoserde.transforms.columns import check_columns
 from orthoserde.transforms.forms import hook_keys, to_hooks, to_parametrizations
 from orthoserde.transforms.structured import structure, unstructure
@@ -17,4 +17,5 @@ __all__ = [
     "to_hooks",
     "to_parametrizations",
     "unstructure",
+    "untried",
 ]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem
-from orthoserde.keys import parts_by_prefix, tensor_names
+from orthoserde.keys import parts_by_prefix
 from orthoserde.manifest import (
     DENSE,
     HOOK,
@@ -74,7 +74,7 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
     chosen = [record for record in records if names is None or record.name in names]
     outer = {join(record.module, "parametrizations", record.tensor_name) for record in chosen}
     inner = {join(record.module, "parametrizations", record.tensor_name) for record in records} - outer
-    with _torch.undisturbed():
+    with modes.undisturbed():
         for record in chosen:
             around = _parents(record.module)
             if not around.isdisjoint(inner):
@@ -85,7 +85,7 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
                 except (NotComputable, Misfit) as reason:
                     problems.append(Problem(record.name, "unsupported", str(reason)))
     if names is None:
-        problems += _unexplained(checkpoint, {name for record in chosen for name in _names(record)})
+        problems += _unexplained(checkpoint, {name for record in chosen for name in record.names})
     if problems:
         raise ConfigError(_listed(checkpoint.origin, problems))
     return _replace(expanded, baked)
@@ -147,7 +147,7 @@ def _bake(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Registry
         Misfit: Its state and its configuration contradict each other.
     """
     manifest = checkpoint.manifest
-    taken = next((name for name in _names(record) if name in manifest and name not in manifest.computed), None)
+    taken = next((name for name in record.names if name in manifest and name not in manifest.computed), None)
     if taken is not None:
         raise Misfit(f"the file also has a tensor {taken!r}, and does not say that it is the computed one")
     originals = [manifest.tensors[manifest.kept_key(record.original_key(name))] for name in record.originals]
@@ -174,10 +174,6 @@ def _bake(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Registry
     return _Baked(record, stored, DerivedTensor(compute))
 
 
-def _names(record: ParametrizedRecord) -> list[str]:
-    return tensor_names(record.module, record.aliases, record.tensor_name)
-
-
 def _form(weight: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(weight.shape), dtype_name(weight.dtype)
 
@@ -189,7 +185,7 @@ def _computed(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Regi
         ConfigError: It cannot be computed.
     """
     try:
-        with _torch.undisturbed(), torch.no_grad():
+        with modes.undisturbed(), torch.no_grad():
             weight = weight_of(checkpoint, record, resolve(record, registry, registered=True), limit)
     except (NotComputable, Misfit) as reason:
         raise ConfigError(_listed(checkpoint.origin, [Problem(record.name, "unsupported", str(reason))])) from reason
@@ -220,7 +216,7 @@ def _replace(checkpoint: Checkpoint, baked: Collection[_Baked]) -> Checkpoint:
     for each in baked:
         record = each.record
         for path in (record.module, *record.aliases):
-            gone.update(dataclasses.replace(record, module=path).tensor_keys())
+            gone.update(record.at(path).tensor_keys())
             inside.append(f"{join(path, 'parametrizations', record.tensor_name)}.")
         first[record.original_key(next(iter(record.originals)))] = each
         aliases |= {join(path, record.tensor_name): record.name for path in record.aliases}

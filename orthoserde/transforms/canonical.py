@@ -21,10 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
 from orthoserde.errors import ConfigError
-from orthoserde.manifest import COLUMNS, DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, TensorRecord
+from orthoserde.manifest import (
+    COLUMNS,
+    DENSE,
+    ORTHOGONAL,
+    Manifest,
+    ParametrizationRecord,
+    ParametrizedRecord,
+    TensorRecord,
+)
 from orthoserde.side_by_side import GoOn, work_through
 from orthoserde.tensor_bytes import (
     DTYPES,
@@ -79,6 +87,24 @@ def compact(checkpoint: Checkpoint) -> Checkpoint:
         A checkpoint of the same origin.
     """
     return _compact(checkpoint, _bases(checkpoint, MOST_MULTIPLICATIONS))
+
+
+def untried(manifest: Manifest) -> tuple[str, ...]:
+    """Names of the parametrized tensors whose bases :func:`compact` has left dense for the work it would take alone.
+
+    Args:
+        manifest: That of a checkpoint which it returned.
+    """
+    found: list[str] = []
+    for record in manifest.parametrized:
+        for index, link in enumerate(record.chain):
+            whole = link.kind == ORTHOGONAL and link.tensors.get("base") == DENSE
+            *batch, n, k = (_sizes(link) if whole else ()) or (0, 0)
+            if math.prod((*batch, n, k, k)) > MOST_MULTIPLICATIONS:
+                key = manifest.kept_key(record.link_key(index, "base"))
+                if not _obstacle(record, key, (*batch, n, n), manifest):
+                    found.append(record.name)
+    return tuple(found)
 
 
 def compact_named(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
@@ -144,13 +170,12 @@ def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | N
             if link.kind != ORTHOGONAL or link.tensors.get("base") != DENSE:
                 continue
             key = manifest.kept_key(record.link_key(index, "base"))
-            configured = (link.config or {}).get("shape")
-            sizes = [size for size in configured if isinstance(size, int)] if isinstance(configured, list) else []
-            if len(sizes) < 2 or not 0 < min(sizes[-2:]) < max(sizes[-2:]):
+            sizes = _sizes(link)
+            if not sizes:
                 continue
-            n, k = max(sizes[-2:]), min(sizes[-2:])
-            obstacle = _obstacle(record, key, (*sizes[:-2], n, n), manifest)
-            if limit is not None and math.prod((*sizes[:-2], n, k, k)) > limit:
+            *batch, n, k = sizes
+            obstacle = _obstacle(record, key, (*batch, n, n), manifest)
+            if limit is not None and math.prod((*batch, n, k, k)) > limit:
                 obstacle = obstacle or f"it would take more than {limit} multiplications to find out"
             source = checkpoint.sources[key]
             if not obstacle and isinstance(source, LiveTensor):
@@ -158,15 +183,24 @@ def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | N
                 if any(other != key and overlap(source.tensor, tensor) for other, tensor in neighbours):
                     obstacle = "other tensors of the model lie in the memory of its base"
             target = with_encoding(record, COLUMNS).link_key(index, "base")
-            shape, dtype = (*sizes[:-2], n, k), DTYPES[manifest.tensors[key].dtype]
+            shape, dtype = (*batch, n, k), DTYPES[manifest.tensors[key].dtype]
             bases.append(_Base(record.name, key, target, shape, dtype, source, obstacle))
 
     def read(base: _Base, go_on: GoOn) -> str:
         return base.obstacle or _difference(base, go_on)
 
-    with _torch.undisturbed():
+    with modes.undisturbed():
         obstacles = work_through(bases, read, lambda base: base.nbytes)
     return [dataclasses.replace(base, obstacle=text) for base, text in zip(bases, obstacles, strict=True)]
+
+
+def _sizes(link: ParametrizationRecord) -> tuple[int, ...]:
+    """Shape of the columns of an orthogonal link, (..., n, k) with k < n; empty where its base has no others."""
+    configured = (link.config or {}).get("shape")
+    sizes = [size for size in configured if isinstance(size, int)] if isinstance(configured, list) else []
+    if len(sizes) < 2 or not 0 < min(sizes[-2:]) < max(sizes[-2:]):
+        return ()
+    return (*sizes[:-2], max(sizes[-2:]), min(sizes[-2:]))
 
 
 def _obstacle(record: ParametrizedRecord, key: str, shape: tuple[int, ...], manifest: Manifest) -> str:
@@ -181,8 +215,7 @@ def _obstacle(record: ParametrizedRecord, key: str, shape: tuple[int, ...], mani
         return f"its base is {base.dtype} of shape {list(base.shape)}"
     if base.parameter or base.requires_grad:
         return "its base is a parameter, or requires a gradient"
-    tied = {alias for alias, kept in manifest.aliases.items() if kept == key}
-    if key != record.link_key(0, "base") or not tied <= record.alias_keys(0, "base"):
+    if key != record.link_key(0, "base") or manifest.is_shared(record, 0, "base"):
         return "its base is tied to another tensor"
     if any(name in manifest for name in {compacted.link_key(0, "base"), *compacted.alias_keys(0, "base")}):
         return "its model has a tensor of the name that the columns would have"

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
-from orthoserde.completion import Completion, matrices, row_parts
 from orthoserde.errors import DamagedFileError, Problem
 from orthoserde.manifest import TensorRecord
+from orthoserde.orthonormal.completion import Completion, matrices, row_parts
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.side_by_side import MOST_THREADS, GoOn, work_through
 from orthoserde.tensor_bytes import BLOCK_BYTES, DTYPES, Digest, as_bytes, ignore

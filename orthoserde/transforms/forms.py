@@ -54,6 +54,11 @@ class NormedTensor:
         """Dotted name of the tensor, under the first path."""
         return join(self.paths[0], self.tensor_name)
 
+    @property
+    def names(self) -> list[str]:
+        """Its name under each path."""
+        return [join(path, self.tensor_name) for path in self.paths]
+
     def keys(self, path: str, *, hooked: bool) -> dict[str, str]:
         """Keys of its tensors under one path, by the name of an original or the role in the parametrization."""
         return {

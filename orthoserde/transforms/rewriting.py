@@ -122,5 +122,4 @@ def _with_renamed_parts(record: ParametrizedRecord, keys: Mapping[str, str]) -> 
 
 def _keys(record: ParametrizedRecord, path: str) -> list[str]:
     """Keys of the tensors of its first parametrization, under one path of its module."""
-    moved = dataclasses.replace(record, module=path)
-    return [moved.link_key(0, role) for role in record.chain[0].tensors]
+    return [record.at(path).link_key(0, role) for role in record.chain[0].tensors]

@@ -77,8 +77,7 @@ def _convert(
         role = next(iter(record.chain[0].tensors))
         key = record.link_key(0, role)
         stored = manifest.tensors.get(key)
-        tied = {alias for alias, kept in manifest.aliases.items() if kept == key}
-        if stored is None or not tied <= record.alias_keys(0, role):
+        if stored is None or manifest.is_shared(record, 0, role):
             continue  # tied to another tensor, which would then have two names
         link = convert(record, stored)
         if link is None:

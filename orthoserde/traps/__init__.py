@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.errors import TrainingTrapWarning
 from orthoserde.integrations import in_process
 from orthoserde.registry import Registry
@@ -56,7 +56,7 @@ def diagnose(model: nn.Module, optimizer: Optimizers | None = None) -> list[Find
     inventory = take_inventory(model)
     registry = in_process(None)
     found = list(sharing.autocast(inventory))
-    with _torch.undisturbed():
+    with modes.undisturbed():
         found += sharing.tied_originals(inventory)
         found += sharing.cached_copies(inventory)
         found += _in_state(inventory, registry)

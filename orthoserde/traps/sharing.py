@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.nn.parameter import is_lazy
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.reports import Finding, Severity
 from orthoserde.traps.state import is_orthogonal
 from orthoserde.walk import Inventory, Slot, identity
@@ -62,7 +62,7 @@ def autocast(inventory: Inventory) -> Iterator[Finding]:
     for record in inventory.parametrized:
         for link in map(_torch.unwrap, record.parametrizations):
             base = _torch.own_buffers(link).get("base") if isinstance(link, _torch.OrthogonalModule) else None
-            if base is not None and _torch.autocasts(base.device.type):
+            if base is not None and modes.autocasts(base.device.type):
                 yield Finding(
                     record.name,
                     Severity.WARNING,

@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
 from orthoserde.keys import prefixes_in, prefixes_of
+from orthoserde.orthonormal.probe import off_orthonormal
 from orthoserde.parametrizations.structured import Orthogonal
-from orthoserde.probe import off_orthonormal
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import residual_of
 from orthoserde.registry.registered_class import RegisteredClass

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import Codec, residual_of
@@ -45,7 +45,7 @@ def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
     """The computed tensor, without a graph; None where a class or its configuration is not known."""
     current = {name: original.detach() for name, original in tensor.originals.items()}
     weight: Tensor | None = None
-    with _torch.undisturbed():
+    with modes.undisturbed():
         for wrapped, codec in zip(tensor.parametrizations, codecs_of(tensor, registry), strict=True):
             parametrization = _torch.unwrap(wrapped)
             config = None if codec is None else codec.config(parametrization)

@@ -54,6 +54,12 @@ SAVE_DENSE, SAVE_COMPACT = 'save(base="dense")', 'save(base="compact")'
 LOAD_DENSE, LOAD_COMPACT = "load of dense bases", "load of compact bases"
 SAVE_STRUCTURED, LOAD_STRUCTURED = "save, structured form", "load, structured form"
 
+REGISTRATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch": parametrizations.orthogonal,
+    "orthoserde": orthoserde.orthogonal,
+    "structured": functools.partial(orthoserde.orthogonal, structured=True),
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -206,22 +212,36 @@ def child_forms(settings: Settings) -> dict[str, Any]:
     return found | {"times": taken}
 
 
+def rotation(size: int | None = None) -> nn.Linear:
+    """A layer whose weight is orthonormal, and not yet registered."""
+    made = nn.Linear(RANK, HIDDEN_SIZE if size is None else size, bias=False)
+    nn.init.orthogonal_(made.weight)
+    return made
+
+
+def child_registration_peak(name: str) -> int:
+    """By how many bytes one registration raises the peak of a process that has registered a small one."""
+    register = REGISTRATIONS[name]
+    register(rotation(16))
+    layer, before = rotation(), peak_bytes()
+    register(layer)
+    return peak_bytes() - before
+
+
+def peak_bytes() -> int:
+    """Peak resident bytes of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def child_registrations(settings: Settings) -> dict[str, list[float]]:
     """Seconds of single registrations, in turn, and of all interventions by orthoserde, one after another."""
-
-    def layer() -> nn.Linear:
-        made = nn.Linear(RANK, HIDDEN_SIZE, bias=False)
-        nn.init.orthogonal_(made.weight)
-        return made
-
-    layers = [layer() for _ in range(3 * (REGISTERED + 1))]
+    layers = [rotation() for _ in range(3 * (REGISTERED + 1))]
     single: dict[str, Action] = {
-        "torch": lambda: parametrizations.orthogonal(layers.pop()),
-        "orthoserde": lambda: orthoserde.orthogonal(layers.pop()),
-        "structured": lambda: orthoserde.orthogonal(layers.pop(), structured=True),
+        name: functools.partial(lambda register: register(layers.pop()), register)
+        for name, register in REGISTRATIONS.items()
     }
     taken = interleaved(single, REGISTERED, lambda: None)
-    together = [layer() for _ in range(settings.layers)]
+    together = [rotation() for _ in range(settings.layers)]
     return taken | {"together": [seconds(lambda: [orthoserde.orthogonal(each) for each in together])]}
 
 
@@ -232,8 +252,7 @@ def child_peak(settings: Settings, operation: str) -> int:
     actions = structured_actions(settings, model) if structured else saving(settings, model) | loading(settings, model)
     kept = actions.get(operation, lambda: None)()
     del kept
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_bytes()
 
 
 def in_child(settings: Settings, *task: str) -> Any:
@@ -291,11 +310,15 @@ def report_bytes(found: dict[str, int]) -> None:
 
 def report_registrations(settings: Settings, taken: dict[str, list[float]]) -> None:
     """Print what registrations took."""
-    row("registration of one rotation", "median, s", "range, s", "timed")
-    row(*["---"] * 4)
-    for name in ("torch", "orthoserde", "structured"):
+    row("registration of one rotation", "median, s", "range, s", "timed", "peak memory, MiB")
+    row(*["---"] * 5)
+    for name in REGISTRATIONS:
         times = taken[name]
-        row(name, f"{statistics.median(times):.3f}", f"{min(times):.3f} to {max(times):.3f}", str(len(times)))
+        peak = int(in_child(settings, "registration peak", name)) / MIB
+        row(
+            *(name, f"{statistics.median(times):.3f}", f"{min(times):.3f} to {max(times):.3f}", str(len(times))),
+            f"{peak:.0f}",
+        )
     print(f"torch / orthoserde: {statistics.median(taken['torch']) / statistics.median(taken['orthoserde']):.1f}")
     print(f"all {settings.layers} by orthoserde: {taken['together'][0]:.1f} s\n")
 
@@ -316,6 +339,8 @@ def main() -> None:
     task, *rest = arguments.child
     if task == "peak":
         print(json.dumps(child_peak(settings, *rest)))
+    elif task == "registration peak":
+        print(json.dumps(child_registration_peak(*rest)))
     else:
         print(json.dumps({"forms": child_forms, "registrations": child_registrations}[task](settings)))
 

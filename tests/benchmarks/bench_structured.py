@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 import orthoserde
 from orthoserde import _torch
-from orthoserde.completion import complete
-from orthoserde.thin_maps import THIN_MAPS
+from orthoserde.orthonormal.completion import complete
+from orthoserde.orthonormal.thin_maps import THIN_MAPS
 from tests.benchmarks.exact_maps import DIGITS, exact
 
 ROOT = Path(__file__).resolve().parents[2]

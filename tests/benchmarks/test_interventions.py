@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,14 @@ def test_sizes_are_those_of_the_tensors_and_a_little_more(settings: Settings) ->
     assert len(found["times"]) == 6
     assert len(orthoserde.inspect(settings.compact).compact) == LAYERS
     assert orthoserde.inspect(settings.dense).compact == ()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the peak of a process is asked of Unix")
+def test_a_registration_needs_a_base_and_no_more_and_the_structured_form_needs_none(tmp_path: Path) -> None:
+    settings = Settings(1, 1, tmp_path)
+    base = 4 * bench_interventions.HIDDEN_SIZE**2
+    whole, structured = (
+        int(bench_interventions.in_child(settings, "registration peak", name)) for name in ("orthoserde", "structured")
+    )
+    assert 0.9 * base < whole < 1.5 * base  # pages that the process had already do not count
+    assert structured < base / 4

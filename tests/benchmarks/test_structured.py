@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from orthoserde.thin_maps import THIN_MAPS
+from orthoserde.orthonormal.thin_maps import THIN_MAPS
 from tests.benchmarks.bench_structured import Case, allocated, errors_of_weights, make, target_of
 from tests.benchmarks.exact_maps import DIGITS, exact
 

@@ -72,8 +72,8 @@ def python(tree: Any, tensors: dict[str, Any]) -> Any:
     dicts = {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}
     if sort in dicts:
         return dicts[sort]({python(key, tensors): python(item, tensors) for key, item in value})
-    makers: Any = {"tensor": tensors.__getitem__, "float": float, "tuple": lambda items: tuple(python(items, tensors))}
-    return makers[sort](value)
+    makers: Any = {"tensor": tensors.__getitem__, "float": float, "integer": int}
+    return tuple(python(value, tensors)) if sort == "tuple" else makers[sort](value)
 
 
 def training_of(record: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import orthoserde
 from orthoserde import storage
-from orthoserde.completion import complete
 from orthoserde.manifest import Manifest
 from orthoserde.manifest.as_json import encode_manifest
 from orthoserde.manifest.trees import decode_tree
+from orthoserde.orthonormal.completion import complete
 from orthoserde.tensor_bytes import empty_like_recorded
 from orthoserde.transforms import expand
 from tests.format import second_arrays, second_reader
@@ -219,6 +219,14 @@ def test_it_reads_the_training_state_that_this_package_reads() -> None:
     assert same({name: entry["value"] for name, entry in found["state"].items()}, dict(sorted(values().items())))
     assert found["rng"]["torch"].dtype == np.uint8
     assert found["rng"]["python"]["words"].shape == (625,)
+
+
+def test_it_reads_integers_of_more_than_64_bits(tmp_path: Path) -> None:
+    state = {"numbers": [2**63 - 1, 2**63, -(2**100), {10**30: 1}]}
+    orthoserde.save(nn.Linear(1, 1), tmp_path / "m", state=state)
+    _, _, found = read((tmp_path / "m").read_bytes())
+    assert found is not None
+    assert found["state"]["numbers"]["value"] == state["numbers"]
 
 
 # What it refuses

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import orthoserde
-from orthoserde.completion import complete
+from orthoserde.orthonormal.completion import complete
 from orthoserde.walk import take_inventory
 
 FOLDER = Path(__file__).parent / "v1"

@@ -12,13 +12,14 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.reliability import numerics, pickle_mutants
 from tests.reliability.broken_builds import BUILDS
 from tests.reliability.corruption import Bench, Tally, every_flip, every_truncation, in_memory, mutants
-from tests.reliability.hostile import FILES, in_a_child, outcomes, written
+from tests.reliability.hostile import CALLS, FILES, in_a_child, outcomes, written
 from tests.reliability.test_corruption import MUTANTS, PICKLES
 from tests.reliability.vanishing import CHANGES
 
@@ -54,16 +55,15 @@ def row(what: str, tally: Tally, seconds: float) -> list[str]:
     return [what, str(tally.files), str(refused), str(tally.accepted), str(len(tally.wrong)), f"{seconds:.0f}"]
 
 
-def hostile() -> list[list[str]]:
-    """Rows of the table of hostile files, by collection."""
-    heavy = in_a_child("heavy")
+def hostile(heavy: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of the table of hostile files, by collection; of heavy ones, what was measured."""
     found: dict[str, Counter[str]] = {}
     for name, each in FILES.items():
         counts = found.setdefault(name.partition(":")[0], Counter())
         counts["files"] += 1
         counts["refused"] += each.load.error is not None
         if each.heavy:
-            counts["wrong"] += bool(heavy[name]["wrong"]) + bool(heavy[name]["signal"])
+            counts["wrong"] += any(bool(heavy[name][what]) for what in ("wrong", "caused", "signal"))
             counts["memory"] = max(counts["memory"], heavy[name]["memory"] >> 20)
         else:
             with written(each) as path:
@@ -84,10 +84,13 @@ def main(count: int = MUTANTS) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     print(f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}\n")
-    print(table(corruption(count)), table(hostile()), sep="\n\n")
+    heavy = in_a_child("heavy")
+    print(table(corruption(count)), table(hostile(heavy)), sep="\n\n")
     audited = in_a_child("audit")
-    print(f"\naudit: {audited['files']} files, {audited['calls']} calls, {audited['events']} events, ", end="")
-    print(f"{audited['opened']} opens, {len(audited['wrong'])} imports, runs or opens elsewhere")
+    files, events = audited["files"] + len(heavy), audited["events"] + sum(each["events"] for each in heavy.values())
+    print(f"\naudit: {files} files, {files * len(CALLS)} calls, {events} events, ", end="")
+    wrong = len(audited["wrong"]) + sum(len(each["caused"]) for each in heavy.values())
+    print(f"{wrong} imports, runs or opens elsewhere")
     for change in CHANGES:
         found = in_a_child("vanishing", change)
         print(f"{change} while it is read: {found['outcomes']}, {len(found['wrong'])} wrong")

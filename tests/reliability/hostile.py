@@ -16,8 +16,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -135,10 +136,18 @@ def forked(action: Callable[[], object]) -> tuple[object, int, int]:
     return json.loads(said) if said else None, signal, usage.ru_maxrss * 1024
 
 
-def measure_heavy() -> dict[str, dict[str, object]]:
-    """Try each heavy file in a fork: what is wrong, its size, and how much memory was taken."""
+def _watched(name: str, where: str) -> dict[str, object]:
+    watch = Watch()
+    watch.begin()
+    with watch.over(name, where):
+        wrong = list(outcomes(FILES[name], where))
+    return {"wrong": wrong, "caused": watch.wrong, "events": watch.events}
+
+
+def measure_heavy() -> dict[str, dict[str, Any]]:
+    """Try each heavy file in a fork: what is wrong, what it caused, its size, and how much memory was taken."""
     _warm_up()
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, hostile in FILES.items():
         if not hostile.heavy:
             continue
@@ -147,9 +156,9 @@ def measure_heavy() -> dict[str, dict[str, object]]:
             where = str(path)
             _, _, before = forked(lambda: None)
             start = time.perf_counter()
-            wrong, signal, peak = forked(lambda hostile=hostile, where=where: list(outcomes(hostile, where)))  # type: ignore[misc]
+            seen, signal, peak = forked(lambda name=name, where=where: _watched(name, where))  # type: ignore[misc]
             found[name] = {
-                "wrong": wrong,
+                **cast("dict[str, Any]", seen or {}),
                 "signal": signal,
                 "bytes": os.stat(where).st_size,
                 "memory": peak - before,
@@ -206,8 +215,50 @@ def _within(given: str, where: object) -> bool:
     return path == given or path.startswith(f"{given}{os.sep}")
 
 
+@dataclass
+class Watch:
+    """What an audit hook sees while a file is looked at.
+
+    Attributes:
+        events: How many events there were.
+        opened: How many of them opened something.
+        wrong: Those that must not be, in words.
+    """
+
+    events: int = 0
+    opened: int = 0
+    wrong: list[str] = field(default_factory=list)
+    _current: list[str] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Have this process watched, for good."""
+        sys.addaudithook(self._see)
+
+    @contextmanager
+    def over(self, name: str, path: Path | str) -> Iterator[None]:
+        """Watch what a file causes within the block."""
+        self._current[:] = [name, os.fsdecode(path)]
+        yield
+        self._current.clear()
+
+    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._current:
+            return
+        name, given = self._current
+        self.events += 1
+        if event == "open":
+            self.opened += 1
+            if not isinstance(arguments[0], int) and not _within(given, arguments[0]):
+                self.wrong.append(f"{name}: opened {arguments[0]!r}")
+        elif event in LISTING:
+            if not _within(given, arguments[0]):
+                self.wrong.append(f"{name}: listed {arguments[0]!r}")
+        elif event.startswith(FORBIDDEN):
+            self.wrong.append(f"{name}: {event} {arguments!r:.200}")
+
+
 def audit(only: str = "", build: str = "") -> dict[str, object]:
-    """Call everything on all hostile files under an audit hook.
+    """Call everything on all hostile files but the heavy ones, which are watched as they are measured, under a hook.
 
     Args:
         only: What names of files begin with.
@@ -217,42 +268,21 @@ def audit(only: str = "", build: str = "") -> dict[str, object]:
         How many calls there were, how many events, and those that must not be.
     """
     _warm_up()
-    counts = {"files": 0, "calls": 0, "events": 0, "opened": 0}
-    wrong: list[str] = []
-    current: list[str] = []
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if not current:
-            return
-        counts["events"] += 1
-        if event == "open":
-            counts["opened"] += 1
-            given, opened = current[1], arguments[0]
-            if isinstance(opened, int):
-                return
-            if not _within(given, opened):
-                wrong.append(f"{current[0]}: opened {opened!r}")
-        elif event in LISTING:
-            if not _within(current[1], arguments[0]):
-                wrong.append(f"{current[0]}: listed {arguments[0]!r}")
-        elif event.startswith(FORBIDDEN):
-            wrong.append(f"{current[0]}: {event} {arguments!r:.200}")
-
-    sys.addaudithook(hook)
+    files = 0
+    watch = Watch()
+    watch.begin()
     with pytest.MonkeyPatch.context() as patch:
         if build:
             BUILDS[build][0](patch)
         for name, hostile in FILES.items():
             if not name.startswith(only) or hostile.heavy:
                 continue
-            with written(hostile) as path:
-                current[:] = [name, os.fsdecode(path)]
+            with written(hostile) as path, watch.over(name, path):
                 for _ in outcomes(hostile, path):
                     pass
-                current.clear()
-            counts["files"] += 1
-            counts["calls"] += len(CALLS)
-    return {**counts, "wrong": wrong}
+            files += 1
+    counts = {"files": files, "calls": files * len(CALLS), "events": watch.events, "opened": watch.opened}
+    return {**counts, "wrong": watch.wrong}
 
 
 def changed_while_it_is_read(kind: str) -> dict[str, Any]:

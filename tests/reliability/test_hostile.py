@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.reliability.broken_builds import BUILDS, noticed_by
-from tests.reliability.hostile import CONSTANT, FACTOR, FILES, in_a_child, outcomes, written
+from tests.reliability.hostile import CALLS, CONSTANT, FACTOR, FILES, in_a_child, outcomes, written
 from tests.reliability.vanishing import CHANGES
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="about POSIX files and processes")
@@ -53,6 +53,8 @@ def test_a_heavy_file_takes_neither_the_process_nor_its_memory(name: str, measur
     found = measured[name]
     assert found["signal"] == 0
     assert found["wrong"] == []
+    assert found["caused"] == []  # as in test_audit.py
+    assert found["events"] > len(CALLS)
     assert found["memory"] <= FACTOR * found["bytes"] + CONSTANT
 
 

@@ -38,13 +38,6 @@ from tests.storage.strategies import checkpoint_of
 posix = pytest.mark.skipif(os.name == "nt", reason="about POSIX files")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a checkpoint in shards, of a model of ones."""
-    orthoserde.save(make(1.0), tmp_path / "folder", max_shard_size=LIMIT)
-    return tmp_path / "folder"
-
-
 # Round trips
 
 

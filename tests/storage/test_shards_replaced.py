@@ -31,13 +31,6 @@ from tests.storage.shard_cases import (
 posix = pytest.mark.skipif(os.name == "nt", reason="about POSIX files")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a checkpoint in shards, of a model of ones."""
-    orthoserde.save(make(1.0), tmp_path / "folder", max_shard_size=LIMIT)
-    return tmp_path / "folder"
-
-
 def test_what_fits_into_one_shard_is_one_file(tmp_path: Path) -> None:
     report = orthoserde.save(make(1.0), tmp_path / "folder", max_shard_size="1GB")
     assert names(tmp_path / "folder") == [SINGLE]
@@ -259,6 +252,13 @@ def test_the_folder_is_made_and_its_parent_is_not(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match="null"):
         orthoserde.save(make(), f"{tmp_path}/a\0b", max_shard_size=LIMIT)
     assert names(tmp_path) == ["new"]
+
+
+def test_no_path_is_not_the_folder_where_the_process_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileAccessError, match="got an empty one"):
+        orthoserde.save(make(), "", max_shard_size=LIMIT)
+    assert not names(tmp_path)
 
 
 def test_a_folder_that_was_made_for_a_save_that_fails_goes_again(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import orthoserde
 from orthoserde import _torch
-from orthoserde.completion import complete
+from orthoserde.orthonormal.completion import complete
+from orthoserde.orthonormal.thin_maps import THIN_MAPS
 from orthoserde.parametrizations.structured import Orthogonal
-from orthoserde.thin_maps import THIN_MAPS
 from tests.helpers import same_bits
 from tests.structured.models import (
     CASES,

@@ -18,8 +18,8 @@ from torch.nn.utils import parametrizations, parametrize
 import orthoserde
 from orthoserde import Fidelity, cli, storage
 from orthoserde.capture import capture
-from orthoserde.completion import Completion, complete
 from orthoserde.manifest import COLUMNS
+from orthoserde.orthonormal.completion import Completion, complete
 from orthoserde.transforms import canonical, columns, compact, expand
 from tests.helpers import same_bits, use_threads
 
@@ -345,8 +345,22 @@ def test_what_takes_long_to_find_out_is_compacted_only_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canonical, "MOST_MULTIPLICATIONS", 12 * 5 * 5 - 1)
-    assert orthoserde.save(make(), tmp_path / "m").compact == ()
-    assert orthoserde.save(make(), tmp_path / "m", base="compact").compact == ("weight",)
+    report = orthoserde.save(make(), tmp_path / "m")
+    assert (report.compact, report.untried) == ((), ("weight",))
+    assert "bases stored whole, where base='compact' would try columns: 1" in str(report)
+    report = orthoserde.save(make(), tmp_path / "m", base="compact")
+    assert (report.compact, report.untried) == (("weight",), ())
+    with orthoserde.Checkpoints(tmp_path / "folder") as checkpoints:
+        checkpoints.save(1, make(), wait=False)
+        written = checkpoints.wait()
+    assert written is not None
+    assert written.untried == ("weight",)
+
+
+def test_a_report_names_no_base_that_was_tried_or_cannot_be_stored_so(tmp_path: Path) -> None:
+    for model in (random_completion(), one_bit(), make(), make(shape=(6, 6)), nn.Linear(2, 2)):
+        assert orthoserde.save(model, tmp_path / "m").untried == ()
+    assert orthoserde.save(make(), tmp_path / "m", base="dense").untried == ()
 
 
 def test_a_base_of_another_name_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from orthoserde.manifest import DENSE, HOOK, SPECTRAL_NORM, WEIGHT_NORM
 from orthoserde.parametrizations.hooks import power_method_error
 from orthoserde.transforms import bake, compact
 from orthoserde.transforms.forms import normed_tensors, to_hooks, to_parametrizations
-from tests.helpers import same_bits, scramble_, with_hook
+from tests.helpers import same_bits, scramble_, train, with_hook
 
 REGISTRY = orthoserde.Registry()
 
@@ -640,15 +640,7 @@ def test_the_power_method_error_is_zero_for_what_an_iteration_leaves_and_not_for
 
 
 def steps(model: Any, optimizer: torch.optim.Optimizer, first: int) -> list[float]:
-    losses: list[float] = []
-    for step in range(first, first + 3):
-        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        loss = (model(x) - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train(model, optimizer, (5, 3), range(first, first + 3))
 
 
 @pytest.mark.parametrize("hooked", [True, False])

@@ -18,9 +18,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from orthoserde.completion import complete
 from orthoserde.json_values import JSON
-from orthoserde.parametrizations.orthogonal import OrthogonalCodec, tall
+from orthoserde.orthonormal.completion import complete
+from orthoserde.orthonormal.rounding import tall
+from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 
 Config = Mapping[str, JSON]
 

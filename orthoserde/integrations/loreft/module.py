@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.charts.registering import orthogonal
 from orthoserde.json_values import JSON
 from orthoserde.registry import register
@@ -141,7 +141,7 @@ class LoReFT(nn.Module):
         source = self.learned_source(hidden_states.to(self.learned_source.weight.dtype))
         if self.activation is not None:
             source = ACTIVATIONS[self.activation](source)
-        with _torch.without_autocast(hidden_states.device.type):
+        with modes.without_autocast(hidden_states.device.type):
             columns = self.rotate_layer.weight
             rotated = hidden_states.to(columns.dtype) @ columns
             moved = hidden_states + (source.to(columns.dtype) - rotated) @ columns.mT

@@ -6,9 +6,9 @@ Source: pyreft 0.1.0 (``interventions.py``, ``reft_model.py``) and pyvene 0.1.8 
 ``models/interventions.py``); file names of earlier versions as their releases wrote them.
 """
 
-from orthoserde.integrations.pyreft.classes import extend, is_pyvene
+from orthoserde.integrations.pyreft.classes import extend
 from orthoserde.integrations.pyreft.folders import read
 from orthoserde.integrations.pyreft.listing import is_folder
 from orthoserde.integrations.pyreft.writing import write
 
-__all__ = ["extend", "is_folder", "is_pyvene", "read", "write"]
+__all__ = ["extend", "is_folder", "read", "write"]

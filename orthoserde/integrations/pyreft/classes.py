@@ -64,13 +64,6 @@ OPTIONAL = ("subspace_partition", "group_key", "intervention_link_key", "moe_key
 _LINEAR = {"LinearActivation", "Identity"}
 
 
-def is_pyvene(types: Iterable[type]) -> bool:
-    """Whether any of these classes is made from one of pyvene's, so that this room has something to say."""
-    return any(
-        _base(cls, "Intervention", "interventions") or _base(cls, "BaseModel", "intervenable_base") for cls in types
-    )
-
-
 def is_intervention(cls: type) -> bool:
     """Whether a class is made from pyvene's ``Intervention``."""
     return _base(cls, "Intervention", "interventions") is not None

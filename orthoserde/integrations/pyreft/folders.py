@@ -4,12 +4,6 @@ A folder holds one file of ``torch.save`` for each intervention, ``intkey_{key}.
 perhaps ``pytorch_model.bin`` with what was trained of the base model. A folder ``checkpoint-N`` of the Hugging Face
 Trainer holds such a folder, ``intervenable_model``, without ``config.json``.
 
-Note [Forms of a rotation]
-``LoreftIntervention`` overrides ``state_dict``: it saves its learned source as ``weight`` and ``bias``, and of its
-rotation the computed weight alone, ``rotate_layer`` (the legacy form). pyreft pull request 179 adds
-``rotate_layer_original`` and ``rotate_layer_base`` (the full form). Every other class saves its state
-as torch names it.
-
 Note [Damaged base]
 pyreft's loader puts the legacy weight into the first columns of a base whose other columns belong to another rotation.
 The weight looks right, and leaves the constraint with the next step. So every base in a folder is probed: a matrix is
@@ -25,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch, storage
+from orthoserde import _torch, modes, storage
 from orthoserde.capture import link_record
 from orthoserde.capture.scope import adapter_paths, is_below, scope_of
 from orthoserde.checkpoint import Checkpoint, LiveTensor, TensorSource
@@ -49,40 +43,31 @@ from orthoserde.integrations.pyreft.classes import (
 )
 from orthoserde.integrations.pyreft.keys import normalize
 from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, files_in, folder_of, read_state, types_in
-from orthoserde.json_values import JSON
-from orthoserde.keys import tensor_names
+from orthoserde.integrations.pyreft.rotations import (
+    BASE,
+    ORIGINAL,
+    RENAMED,
+    ROTATION,
+    WEIGHT,
+    configuration,
+    rotation_record,
+)
+from orthoserde.keys import names_of
 from orthoserde.manifest import (
     DENSE,
     ORTHOGONAL,
     Manifest,
-    ParametrizationRecord,
     ParametrizedRecord,
     TensorRecord,
     check_references,
     join,
 )
 from orthoserde.parametrizations import codec_for_kind
-from orthoserde.parametrizations.orthogonal import default_map
 from orthoserde.registry import Registry
 from orthoserde.restore import Legacy
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, take_inventory
 from orthoserde.wording import shorten
-
-#: Names within an intervention: of the rotation, of its computed weight, and of its state.
-ROTATION = "rotate_layer"
-WEIGHT = f"{ROTATION}.weight"
-ORIGINAL = f"{ROTATION}.parametrizations.weight.original"
-BASE = f"{ROTATION}.parametrizations.weight.0.base"
-
-#: Names in files of the class that overrides ``state_dict``, and what they stand for.
-RENAMED = {
-    "weight": "learned_source.weight",
-    "bias": "learned_source.bias",
-    ROTATION: WEIGHT,
-    "rotate_layer_original": ORIGINAL,
-    "rotate_layer_base": BASE,
-}
 
 #: Numbers that pyvene registers as buffers and that the class with the override never saves; shapes say them too.
 NUMBERS = ("embed_dim", "interchange_dim")
@@ -120,7 +105,7 @@ def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, leg
         return _read_file(path, model, registry, legacy)
     folder = folder_of(os.fsdecode(path))
     files = files_in(folder)
-    with _torch.undisturbed():
+    with modes.undisturbed():
         inventory = take_inventory(model)
         prefix = _prefix(inventory, folder)
         parent = join(prefix, "interventions")
@@ -146,7 +131,7 @@ def _read_file(
     checkpoint = storage.read(path)
     if checkpoint.manifest.has_configuration or ROTATION not in checkpoint.manifest.tensors:
         return checkpoint, False
-    with checkpoint, _torch.undisturbed():
+    with checkpoint, modes.undisturbed():
         inventory = take_inventory(model)
         found: dict[int, tuple[str, nn.Module]] = {}
         for where, module in inventory.modules.items():
@@ -233,7 +218,7 @@ class _Reader:
             # What pyreft builds is known if the file says of which class it is; what a subclass builds is not.
             exact = module is not None and base == type(module).__name__
             certain = exact and (overridden or class_name is not None)
-            self.parametrized.append(_rotation(where, self.tensors[join(where, ORIGINAL)], certain))
+            self.parametrized.append(rotation_record(where, self.tensors[join(where, ORIGINAL)], certain))
 
     def _choose(self, names: Mapping[str, str], state: Checkpoint, where: str) -> dict[str, str]:
         """The state of a rotation, or where its base is damaged and that is wanted, its computed weight."""
@@ -265,7 +250,7 @@ class _Reader:
     def _compute(self, where: str, original: Tensor, base: Tensor) -> None:
         codec = codec_for_kind(self.registry, ORTHOGONAL)
         assert codec is not None
-        weight = codec.compute(_configuration(original.shape), {"original": original, "base": base})
+        weight = codec.compute(configuration(original.shape), {"original": original, "base": base})
         key = join(where, WEIGHT)
         record = TensorRecord(dtype_name(weight.dtype), tuple(weight.shape), tuple(weight.stride()), parameter=False)
         self.tensors[key], self.sources[key] = record, LiveTensor(weight)
@@ -297,7 +282,7 @@ class _Reader:
         """Other parametrized tensors, of classes of the user's or of the base model: state without configuration."""
         known = {record.name for record in self.parametrized}
         for tensor in self.inventory.parametrized:
-            if known.isdisjoint(tensor_names(tensor.module_path, tensor.aliases, tensor.tensor_name)):
+            if known.isdisjoint(names_of(tensor)):
                 chain = [link_record(link, self.registry) for link in tensor.parametrizations]
                 record = ParametrizedRecord(
                     module=tensor.module_path,
@@ -326,28 +311,6 @@ class _Reader:
         for key in dict.fromkeys([*scope.left_out, *buffers, *numbers]):
             if key not in self.tensors:
                 yield key
-
-
-def _rotation(where: str, original: TensorRecord, certain: bool) -> ParametrizedRecord:
-    config = _configuration(original.shape) if certain else None
-    link = ParametrizationRecord(ORTHOGONAL, 1, config, None, {"base": DENSE})
-    return ParametrizedRecord(
-        module=join(where, ROTATION),
-        tensor_name="weight",
-        aliases=(),
-        shape=original.shape,
-        dtype=original.dtype,
-        parameter=True,
-        unsafe=False,
-        originals={"original": DENSE},
-        chain=(link,),
-    )
-
-
-def _configuration(shape: Sequence[int]) -> dict[str, JSON]:
-    """What ``torch.nn.utils.parametrizations.orthogonal`` chooses for a real matrix when it is told nothing."""
-    name = default_map(torch.empty(*shape, device="meta"))
-    return {"orthogonal_map": name, "shape": [int(size) for size in shape], "use_trivialization": True}
 
 
 def _probe(base: Tensor) -> float:

@@ -10,13 +10,11 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from orthoserde.checkpoint import Checkpoint, TensorSource
 from orthoserde.errors import ConfigError, DamagedFileError, FileFormatError
 from orthoserde.integrations.pyreft.classes import KNOWN
-from orthoserde.integrations.pyreft.folders import BASE, ORIGINAL, RENAMED, ROTATION, WEIGHT
 from orthoserde.integrations.pyreft.keys import PREFIX
 from orthoserde.integrations.pyreft.listing import (
     BASE_MODEL_FILE,
@@ -27,17 +25,22 @@ from orthoserde.integrations.pyreft.listing import (
     read_state,
     types_in,
 )
-from orthoserde.json_values import JSON
+from orthoserde.integrations.pyreft.rotations import (
+    BASE,
+    ORIGINAL,
+    RENAMED,
+    ROTATION,
+    WEIGHT,
+    configuration,
+    rotation_record,
+)
 from orthoserde.manifest import (
-    DENSE,
-    ORTHOGONAL,
     Manifest,
-    ParametrizationRecord,
     ParametrizedRecord,
     TensorRecord,
     join,
 )
-from orthoserde.parametrizations.orthogonal import OrthogonalCodec, default_map
+from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES
 
 #: Where the interventions and the base model stand in the keys.
@@ -104,7 +107,7 @@ def read_folder(path: str) -> Checkpoint:
             # Only the class with the override writes such names; a class of the user's may parametrize another way.
             certain = class_name in KNOWN or (class_name is None and ROTATION in state.manifest.tensors)
             _check_rotation(tensors[join(where, ORIGINAL)], tensors[join(where, BASE)], state.origin)
-            rotations.append(_rotation(where, tensors[join(where, ORIGINAL)], certain))
+            rotations.append(rotation_record(where, tensors[join(where, ORIGINAL)], certain))
     if os.path.lexists(os.path.join(folder, BASE_MODEL_FILE)):
         with read_state(os.path.join(folder, BASE_MODEL_FILE)) as state:
             for stored in state.manifest.tensors:
@@ -123,7 +126,7 @@ def rotations_in(checkpoint: Checkpoint) -> list[str]:
 
 
 def rewritten(path: str, *, full: bool) -> tuple[dict[str, Mapping[str, Tensor]], str | None, tuple[str, ...]]:
-    """The files of a folder in the other form; see Note [Forms of a rotation] in ``folders.py``.
+    """The files of a folder in the other form; see Note [Forms of a rotation] in ``rotations.py``.
 
     Args:
         path: A folder of pyreft's.
@@ -186,7 +189,7 @@ def _fresh_state(weight: Tensor, origin: str) -> dict[str, Tensor]:
             f"{origin}: its rotation is off the constraint by {_CODEC.residual(weight):.3g}, so no state has it; use "
             "an earlier checkpoint, or load it with legacy='project'"
         )
-    state = _CODEC.from_weight(weight, _configuration(weight.shape))
+    state = _CODEC.from_weight(weight, configuration(weight.shape))
     ours = {ours: theirs for theirs, ours in RENAMED.items()}
     return {ours[ORIGINAL]: state["original"], ours[BASE]: state["base"].contiguous()}
 
@@ -198,20 +201,3 @@ def _check_rotation(original: TensorRecord, base: TensorRecord, origin: str) -> 
             f"{origin}: expected a square base for the longer side of the original, of its dtype, got {base.dtype} "
             f"{list(base.shape)} for {original.dtype} {list(original.shape)}"
         )
-
-
-def _rotation(where: str, original: TensorRecord, certain: bool) -> ParametrizedRecord:
-    link = ParametrizationRecord(
-        ORTHOGONAL, 1, _configuration(original.shape) if certain else None, None, {"base": DENSE}
-    )
-    return ParametrizedRecord(
-        *(join(where, ROTATION), "weight", (), original.shape, original.dtype, True, False),
-        originals={"original": DENSE},
-        chain=(link,),
-    )
-
-
-def _configuration(shape: tuple[int, ...] | torch.Size) -> dict[str, JSON]:
-    """What ``torch.nn.utils.parametrizations.orthogonal`` chooses for a real matrix when it is told nothing."""
-    name = default_map(torch.empty(*shape, device="meta"))
-    return {"orthogonal_map": name, "shape": [int(size) for size in shape], "use_trivialization": True}

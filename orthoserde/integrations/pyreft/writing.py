@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from orthoserde import _torch, storage
+from orthoserde import modes, storage
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
@@ -28,16 +28,10 @@ from orthoserde.integrations.pyreft.classes import (
     REPRESENTATION,
     extend,
 )
-from orthoserde.integrations.pyreft.folders import (
-    BASE,
-    NUMBERS,
-    ORIGINAL,
-    RENAMED,
-    ROTATION,
-    WEIGHT,
-)
+from orthoserde.integrations.pyreft.folders import NUMBERS
 from orthoserde.integrations.pyreft.keys import PREFIX, SUFFIX
 from orthoserde.integrations.pyreft.listing import BASE_MODEL_FILE, CONFIG_FILE
+from orthoserde.integrations.pyreft.rotations import BASE, ORIGINAL, RENAMED, ROTATION, WEIGHT
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind
@@ -91,9 +85,9 @@ def write(
         registry = extend(Registry(), module_types(path_or_model))
         modules = take_inventory(path_or_model).modules
         classes = {path: str(type(module)) for path, module in modules.items()}
-        with capture(path_or_model, registry) as checkpoint, _torch.undisturbed():
+        with capture(path_or_model, registry) as checkpoint, modes.undisturbed():
             return _write(checkpoint, classes, target, form)
-    with storage.read(path_or_model) as checkpoint, _torch.undisturbed():
+    with storage.read(path_or_model) as checkpoint, modes.undisturbed():
         if checkpoint.damaged():
             raise DamagedFileError(f"{checkpoint.origin}: damaged, so nothing was written; use another copy")
         return _write(expand(checkpoint), {}, target, form)

@@ -59,6 +59,8 @@ def write_shards(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_sha
     """
     check_writable(checkpoint)
     groups = [in_storage_order(group) for group in split(checkpoint.manifest.tensors, byte_limit(max_shard_size))]
+    if not os.fspath(folder):  # to Python it is the folder where the process is, and to a load it is nothing
+        raise FileAccessError(errno.ENOENT, "expected the path of a folder, got an empty one", "")
     place = os.path.abspath(os.fsdecode(folder))
     with _made(place):
         standing = Standing.of(place)

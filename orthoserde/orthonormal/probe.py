@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orthoserde.completion import matrices
-from orthoserde.parametrizations.orthogonal import MEAN_ROUNDING
+from orthoserde.orthonormal.completion import matrices
+from orthoserde.orthonormal.rounding import MEAN_ROUNDING
 from orthoserde.tensor_bytes import BLOCK_BYTES
 
 #: Random vectors by which a matrix is measured: enough for its mean error within a factor of two.

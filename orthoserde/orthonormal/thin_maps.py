@@ -108,7 +108,7 @@ def in_base(columns: Tensor, vectors: Tensor, factor: Tensor, top: Tensor, botto
 
     Args:
         columns: W, shape ``(..., n, k)`` with ``n >= k``, without gradient.
-        vectors: V of ``orthoserde.completion.reflectors(columns)``, shape ``(..., n, k)``.
+        vectors: V of ``orthoserde.orthonormal.completion.reflectors(columns)``, shape ``(..., n, k)``.
         factor: T, shape ``(..., k, k)``.
         top: Shape ``(..., k, k)``.
         bottom: Shape ``(..., n - k, k)``.

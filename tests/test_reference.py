@@ -20,7 +20,7 @@ DOCUMENTED = re.findall(
 )
 
 #: A row of the table of errors: class, what else it is, when it is raised, what to do.
-ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", flags=re.MULTILINE)
+ROW = re.compile(r"^\| `(\w+)` \(([^)]+)\) \| (.+?) \| (.+?) \|$", flags=re.MULTILINE)
 
 
 def table_of_errors() -> dict[str, tuple[str, str, str]]:

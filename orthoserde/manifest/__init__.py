@@ -21,7 +21,7 @@ from orthoserde.manifest.records import (
     join,
     qualname_of,
 )
-from orthoserde.manifest.references import check_references
+from orthoserde.manifest.references import check_references, is_shared
 
 __all__ = [
     "COLUMNS",
@@ -42,6 +42,7 @@ __all__ = [
     "TensorRecord",
     "check_references",
     "class_name",
+    "is_shared",
     "join",
     "qualname_of",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -232,17 +231,6 @@ class Manifest:
     def kept_key(self, key: str) -> str:
         """The key under which a tensor is stored, given that key or an alias."""
         return self.aliases.get(key, key)
-
-    @functools.cached_property
-    def _aliases_of(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for alias, kept in self.aliases.items():
-            found.setdefault(kept, set()).add(alias)
-        return found
-
-    def is_shared(self, record: ParametrizedRecord, index: int, role: str) -> bool:
-        """Whether a stored tensor of a parametrization is another tensor too, under names that it gives nothing."""
-        return not self._aliases_of.get(record.link_key(index, role), set()) <= record.alias_keys(index, role)
 
     @property
     def training_keys(self) -> list[str]:

@@ -10,6 +10,12 @@ from orthoserde.manifest.records import COLUMNS, HOOK, HOOK_SUFFIXES, ORTHOGONAL
 from orthoserde.manifest.training import PREFIX
 
 
+def is_shared(manifest: Manifest, record: ParametrizedRecord, index: int, role: str) -> bool:
+    """Whether a stored tensor of a parametrization is another tensor too, by names that its module does not give."""
+    key, own = record.link_key(index, role), record.alias_keys(index, role)
+    return any(kept == key and alias not in own for alias, kept in manifest.aliases.items())
+
+
 def check_references(manifest: Manifest, where: str) -> None:
     """Hold the parts of a manifest to each other.
 
@@ -89,7 +95,7 @@ def _odd_columns(record: ParametrizedRecord, manifest: Manifest) -> str | None:
     n, k = max(shape[-2:]), min(shape[-2:])
     key = record.link_key(0, "base")
     stored = manifest.tensors.get(key)
-    if stored is None or manifest.is_shared(record, 0, "base"):
+    if stored is None or is_shared(manifest, record, 0, "base"):
         return f"{key!r} is tied to another tensor"
     if not 0 < k < n or stored.shape != (*shape[:-2], n, k):
         return f"expected columns of shape {[*shape[:-2], n, k]} with fewer columns than rows, got {list(stored.shape)}"

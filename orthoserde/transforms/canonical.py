@@ -32,6 +32,7 @@ from orthoserde.manifest import (
     ParametrizationRecord,
     ParametrizedRecord,
     TensorRecord,
+    is_shared,
 )
 from orthoserde.side_by_side import GoOn, work_through
 from orthoserde.tensor_bytes import (
@@ -215,7 +216,7 @@ def _obstacle(record: ParametrizedRecord, key: str, shape: tuple[int, ...], mani
         return f"its base is {base.dtype} of shape {list(base.shape)}"
     if base.parameter or base.requires_grad:
         return "its base is a parameter, or requires a gradient"
-    if key != record.link_key(0, "base") or manifest.is_shared(record, 0, "base"):
+    if key != record.link_key(0, "base") or is_shared(manifest, record, 0, "base"):
         return "its base is tied to another tensor"
     if any(name in manifest for name in {compacted.link_key(0, "base"), *compacted.alias_keys(0, "base")}):
         return "its model has a tensor of the name that the columns would have"

@@ -18,6 +18,7 @@ from orthoserde.manifest import (
     ParametrizationRecord,
     ParametrizedRecord,
     TensorRecord,
+    is_shared,
 )
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, contiguous_strides
 from orthoserde.transforms.canonical import compact_named
@@ -77,7 +78,7 @@ def _convert(
         role = next(iter(record.chain[0].tensors))
         key = record.link_key(0, role)
         stored = manifest.tensors.get(key)
-        if stored is None or manifest.is_shared(record, 0, role):
+        if stored is None or is_shared(manifest, record, 0, role):
             continue  # tied to another tensor, which would then have two names
         link = convert(record, stored)
         if link is None:

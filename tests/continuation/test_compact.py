@@ -42,7 +42,7 @@ def uninterrupted(folder: Path) -> First:
 def resumed(folder: Path, uninterrupted: First) -> Second:
     """Every case restored and trained on in another process, one for all of them."""
     command = [sys.executable, "-m", "tests.continuation.compact_cases", str(folder)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert child.returncode == 0, child.stderr
     return {
         (threads, parametrizer): torch.load(compact_cases.results_of(folder, threads, parametrizer), weights_only=True)

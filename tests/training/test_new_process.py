@@ -29,7 +29,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcomes, Outcomes]:
     random.setstate(python)
     np.random.set_state(numpy)
     command = [sys.executable, "-m", "tests.training.cases", str(folder), str(torch.get_num_threads())]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert child.returncode == 0, child.stderr
     return expected, json.loads((folder / "child.json").read_text("utf-8"))
 

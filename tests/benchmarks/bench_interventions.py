@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import gc
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from torch.nn.utils import parametrizations
 import orthoserde
 from orthoserde.integrations.loreft import LoReFT
 from tests.benchmarks.bench_speed import MIB, Action, file_system, interleaved, output_of, row, seconds
+from tests.benchmarks.bench_structured import resident
 
 HIDDEN_SIZE, RANK = 4096, 4
 
@@ -220,12 +222,18 @@ def rotation(size: int | None = None) -> nn.Linear:
 
 
 def child_registration_peak(name: str) -> int:
-    """By how many bytes one registration raises the peak of a process that has registered a small one."""
+    """By how many bytes one registration raises the resident memory of a process that has registered a small one.
+
+    The peak is that of Linux, set back before: that of ``getrusage`` begins with what the parent held at the fork.
+    """
     register = REGISTRATIONS[name]
     register(rotation(16))
-    layer, before = rotation(), peak_bytes()
+    layer = rotation()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
+    before = resident("VmRSS")
     register(layer)
-    return peak_bytes() - before
+    return resident("VmHWM") - before
 
 
 def peak_bytes() -> int:

@@ -199,12 +199,12 @@ class TestInspect:
         assert run("inspect", sound, "--residuals", "--plot", tmp_path / "p.jpg")[0] == 3
 
     def test_where_there_is_nothing_to_draw_the_rest_is_shown_with_3(self, run: Run, tmp_path: Path) -> None:
-        torch.save({"x": torch.ones(2)}, tmp_path / "sd.pt")
-        _, shown, _ = run("inspect", tmp_path / "sd.pt")
-        code, out, err = run("inspect", tmp_path / "sd.pt", "--plot", tmp_path / "p.png")
+        save_file({"x": torch.ones(2)}, tmp_path / "sd")
+        _, shown, _ = run("inspect", tmp_path / "sd")
+        code, out, err = run("inspect", tmp_path / "sd", "--plot", tmp_path / "p.png")
         assert (code, out) == (3, shown)
-        assert err == f"orthoserde: {tmp_path / 'sd.pt'}: no parametrized tensor to draw\n"
-        code, out, _ = run("inspect", tmp_path / "sd.pt", "--plot", tmp_path / "p.png", "--json")
+        assert err == f"orthoserde: {tmp_path / 'sd'}: no parametrized tensor to draw\n"
+        code, out, _ = run("inspect", tmp_path / "sd", "--plot", tmp_path / "p.png", "--json")
         assert (code, json.loads(out)["plot"]) == (3, None)
         assert not (tmp_path / "p.png").exists()
 

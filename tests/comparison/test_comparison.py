@@ -148,13 +148,13 @@ def test_a_state_dict_borrows_the_configuration(a: Path, tmp_path: Path) -> None
 def test_keys_are_named_as_they_stand_in_the_file(a: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     old: Any = nn.ModuleDict({"0": nn.utils.weight_norm(nn.Linear(6, 4)), "x": nn.utils.weight_norm(nn.Linear(4, 4))})
-    torch.save(old.state_dict(), tmp_path / "old.pt")
-    report = compare(a, tmp_path / "old.pt")
+    save_file(old.state_dict(), tmp_path / "old")
+    report = compare(a, tmp_path / "old")
     assert set(report.only[1]) == {"x.bias", "0.weight_g", "0.weight_v", "x.weight_g", "x.weight_v"}
     with torch.no_grad():
         old["x"].weight_g.add_(1)
-    torch.save(old.state_dict(), tmp_path / "older.pt")
-    assert list(compare(tmp_path / "old.pt", tmp_path / "older.pt").tensors) == ["x.weight_g"]
+    save_file(old.state_dict(), tmp_path / "older")
+    assert list(compare(tmp_path / "old", tmp_path / "older").tensors) == ["x.weight_g"]
 
 
 def test_the_model_alone_is_compared(a: Path, tmp_path: Path) -> None:

@@ -26,7 +26,16 @@ from tests.integrations.stand_ins import (
     original_of,
     weight_of,
 )
-from tests.integrations.test_pyreft_folders import adam, complete, file_of, needs_reader, save, train
+from tests.integrations.test_pyreft_folders import (
+    TOO_OLD,
+    UNREADABLE,
+    adam,
+    complete,
+    file_of,
+    needs_reader,
+    save,
+    train,
+)
 
 NAME = f"interventions.{key_of(0)}.rotate_layer.weight"
 
@@ -96,7 +105,6 @@ def test_damage_by_a_resume_from_a_legacy_folder_is_found(model: ReftModel, tmp_
     assert report.off_constraint == (NAME,)
 
 
-@needs_reader
 def test_a_file_of_ours_shows_the_same_damage(tmp_path: Path) -> None:
     layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(8, 3))
     other = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(8, 3))
@@ -179,7 +187,6 @@ def test_what_is_off_the_constraint_gets_no_state(legacy: Path, tmp_path: Path) 
     assert not orthoserde.verify(legacy).ok
 
 
-@needs_reader
 @pytest.mark.parametrize("name", ["", "inside", "config.json"])
 def test_a_folder_is_not_written_into_itself(name: str, legacy: Path) -> None:
     before = sorted(path.name for path in legacy.iterdir())
@@ -189,16 +196,15 @@ def test_a_folder_is_not_written_into_itself(name: str, legacy: Path) -> None:
     assert sorted(path.name for path in legacy.iterdir()) == before
 
 
-@needs_reader
 def test_odd_rotations_are_refused(legacy: Path) -> None:
     path = legacy / file_of(0)
     state = torch.load(path, weights_only=True)
     torch.save({**state, "rotate_layer_base": torch.eye(WIDTH)}, path)
-    with pytest.raises(FileFormatError, match="without its 'rotate_layer_original'"):
+    with pytest.raises(FileFormatError, match=TOO_OLD if UNREADABLE else "without its 'rotate_layer_original'"):
         orthoserde.inspect(legacy)
     odd = {"rotate_layer_base": torch.eye(3), "rotate_layer_original": torch.ones(WIDTH, RANK)}
     torch.save({**state, **odd}, path)
-    with pytest.raises(FileFormatError, match="expected a square base"):
+    with pytest.raises(FileFormatError, match=TOO_OLD if UNREADABLE else "expected a square base"):
         orthoserde.inspect(legacy)
 
 

@@ -29,11 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Path]:
-    """A checkpoint; afterwards, no process is left."""
+    """A checkpoint; afterwards, no process is left but those that were there (an older torch.compile keeps some)."""
+    before = set(multiprocessing.active_children())
     with torch.random.fork_rng(devices=[]):
         orthoserde.save(cases.make_model_alone(), tmp_path / "start")
     yield tmp_path / "start"
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_what_a_step_raises_is_told_with_its_traceback(start: Path) -> None:

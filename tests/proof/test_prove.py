@@ -53,6 +53,7 @@ def test_every_parametrization_goes_on_bit_for_bit_and_nothing_here_changes(tmp_
     losses = cases.save_and_go_on(tmp_path, run, cases.step_all)
     model, around = snapshot(run[0]), surroundings()
     temporary, folder = set(os.listdir(tempfile.gettempdir())), os.getcwd()
+    children = set(multiprocessing.active_children())  # an older torch.compile keeps some
     proof = orthoserde.prove(tmp_path / "start", cases.make_all, cases.step_all, reference=files(tmp_path))
     assert proof.grade is Grade.BIT_EXACT, proof
     assert (proof.first, proof.max_difference, proof.differences) == (None, 0.0, 0)
@@ -69,7 +70,7 @@ def test_every_parametrization_goes_on_bit_for_bit_and_nothing_here_changes(tmp_
     assert_unchanged(run[0], model)
     assert surroundings() == around
     assert os.getcwd() == folder
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= children
     left = set(os.listdir(tempfile.gettempdir())) - temporary
     assert not {name for name in left if "orthoserde" in name}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "start"]

@@ -8,6 +8,7 @@ read. It ends with status 1 where anything differs.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -103,10 +104,11 @@ def read(place: Path) -> Found:
 
 def _rounding(left: numpy.ndarray, right: numpy.ndarray) -> float:
     if left.dtype != right.dtype or left.shape != right.shape:
-        return float("inf")
+        return math.inf
     largest = max(float(numpy.abs(right).max(initial=0)), float(numpy.finfo(right.dtype).tiny))
     apart = float(numpy.abs(left - right).max(initial=0))
-    return apart / largest / float(numpy.finfo(right.dtype).eps)
+    ratio = apart / largest / float(numpy.finfo(right.dtype).eps)
+    return ratio if math.isfinite(ratio) else math.inf
 
 
 def read_golden() -> Found:
@@ -151,6 +153,8 @@ def _cell(found: Found | None) -> str:
         return "not read"
     if found.differing:
         return f"{len(found.differing)} differ"
+    if not found.good:
+        return f"{found.weights} up to {found.rounding:.2g} eps apart"
     weights = f", {found.weights} within {found.rounding:.2g} eps" if found.weights else ""
     return f"{found.tensors} equal{weights}"
 
@@ -164,6 +168,8 @@ def main(folder: Path) -> int:
     for found in all_found:
         for key in found.differing:
             print(f"torch {found.reader} reads another {key} from {found.writer}")
+        if found.rounding > ROUNDING:
+            print(f"torch {found.reader} computes weights of {found.writer} up to {found.rounding:.3g} eps apart")
     return 0 if len(all_found) > 1 and all(found.good for found in all_found) else 1
 
 

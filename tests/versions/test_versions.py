@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -11,6 +15,8 @@ import pytest
 import orthoserde
 from tests.golden.models import MODELS, REGISTRY, made
 from tests.versions import matrix_table, read, write
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,9 @@ def test_another_bit_another_stride_and_another_weight_are_found(written: Path, 
     assert found.rounding > read.ROUNDING
     assert not found.good
     assert read.main(tmp_path) == 1
+    weights["cayley_True_tall.weight"] = weights["cayley_True_tall.weight"] * numpy.nan
+    numpy.savez(other / "orthogonals.npz", allow_pickle=False, **weights)
+    assert read.read(other).rounding == float("inf")
 
 
 def test_state_that_is_missing_in_a_model_is_found() -> None:
@@ -61,6 +70,16 @@ def test_state_that_is_missing_in_a_model_is_found() -> None:
 
 def test_a_folder_without_files_has_not_been_read(tmp_path: Path) -> None:
     assert read.main(tmp_path) == 1
+
+
+def test_a_release_asks_for_every_session() -> None:
+    """Of one with parameters, its short name would ask for the first alone."""
+    command = [sys.executable, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py"), "--list", "--nocolor"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^[*-] (.+?)(?: -> .*)?$", listed, re.MULTILINE)
+    released = runpy.run_path(str(ROOT / "noxfile.py"))["RELEASED"]
+    assert len(released) == len(set(released))
+    assert set(names) - {"soak", "demo", "release"} == set(released)
 
 
 def test_the_table_of_a_matrix(tmp_path: Path) -> None:

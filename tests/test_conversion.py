@@ -244,6 +244,14 @@ class TestRefusals:
             convert(source, f"{tmp_path}/{path}", form, force=True)
         assert sorted(tmp_path.iterdir()) == before
 
+    @pytest.mark.parametrize("form", ["compact", "torch", "pyreft"])
+    def test_an_empty_path_is_not_the_folder_where_the_process_is(
+        self, form: Form, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileAccessError, match="expected a path, got an empty one"):
+            convert(source, "", form, force=True)
+
     def test_no_source_and_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointNotFoundError):
             convert(tmp_path / "none", tmp_path / "x", "dense")

@@ -570,6 +570,16 @@ def test_meta_tensors_are_named_and_not_looked_into() -> None:
     ]
 
 
+@pytest.mark.parametrize(("text", "said"), [("", "here: RuntimeError"), ("no", "here: RuntimeError: no")])
+def test_an_error_is_named_once(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("orthoserde.traps.state.computed", fail)
+    (finding,) = diagnose(orthogonal(nn.Linear(8, 4)))
+    assert finding.text == f"its weight cannot be computed {said}"
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_tensors_of_every_sort_are_let_be() -> None:
     lazy = nn.LazyLinear(3)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import collections
 import enum
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,12 +127,48 @@ def test_the_deepest_tree_can_be_read_from_a_file() -> None:
         there_and_back({"a": deep})
 
 
-def test_integers_of_up_to_1000_digits_come_back() -> None:
-    for value in (2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 10**1000 - 1, 1 - 10**1000):
+def test_integers_of_up_to_640_digits_come_back() -> None:
+    for value in (2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 10**640 - 1, 1 - 10**640):
         assert same(there_and_back({"a": [value, (value,)], value: 1}), {"a": [value, (value,)], value: 1})
-    for value in (10**1000, -(10**5000)):
-        with pytest.raises(ConfigError, match=r"here\.i: expected an integer of at most 1000 digits"):
+    for value in (10**640, -(10**5000)):
+        with pytest.raises(ConfigError, match=r"here\.i: expected an integer of at most 640 digits"):
             there_and_back({"i": value})
+
+
+FEWEST_DIGITS = """
+import sys
+import pytest
+import torch
+import orthoserde
+from orthoserde.json_values import decode
+from orthoserde.manifest.trees import decode_tree
+
+assert sys.get_int_max_str_digits() == 640
+model, path, largest = torch.nn.Identity(), sys.argv[1], 10**640 - 1
+state = {"n": {largest: -largest}}
+orthoserde.save(model, path, state=state)
+assert orthoserde.load(model, path, state={"n": {}}).state == state
+for larger in (largest + 1, {largest + 1: 1}, [-largest - 1]):
+    with pytest.raises(orthoserde.OrthoserdeError, match="at most 640 digits"):
+        orthoserde.save(model, path, state={"n": larger})
+for digits in ("9" * 641, "-" + "9" * 641):
+    with pytest.raises(orthoserde.OrthoserdeError, match="is no sort of value"):
+        decode_tree({"integer": digits}, "here", dict.__getitem__)
+    with pytest.raises(orthoserde.OrthoserdeError):
+        decode(f"[{digits}]", "here")
+"""
+
+
+def test_integers_come_back_where_python_is_set_to_convert_the_fewest_digits(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FEWEST_DIGITS, str(tmp_path / "file")],
+        env={**os.environ, "PYTHONINTMAXSTRDIGITS": "640"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_state_of_a_generator_of_numpy_is_a_tree() -> None:
@@ -165,7 +205,7 @@ def test_a_float_of_numpy_becomes_a_float() -> None:
         '{"integer": "9223372036854775808 "}',
         '{"integer": "9_223_372_036_854_775_808"}',
         '{"integer": 9}',
-        '{"integer": "' + "9" * 1001 + '"}',
+        '{"integer": "' + "9" * 641 + '"}',
         '{"integer": "' + "9" * 10_000 + '"}',
         '{"tuple": {}}',
         '{"set": []}',

@@ -128,13 +128,13 @@ def _details(each: TensorDifference) -> list[str]:
 
 
 def _pairs(title: str, found: Mapping[str, Pair], width: int) -> list[Text]:
-    lines = {name: f"{_value(a)} | {_value(b)}" for name, (a, b) in found.items()}
+    lines = {name: _both(a, b) for name, (a, b) in found.items()}
     return reasons(title, lines, width)
 
 
 def _training(found: Mapping[str, Pair | Distance], width: int) -> list[Text]:
     lines = {
-        where or "(all of it)": _distance(each) if isinstance(each, Distance) else " | ".join(map(_value, each))
+        where or "(all of it)": _distance(each) if isinstance(each, Distance) else _both(*each)
         for where, each in found.items()
     }
     return reasons("training state", lines, width)
@@ -149,7 +149,16 @@ def _number(value: float) -> str:
     return f"{value:.2g}"
 
 
+def _both(a: object, b: object) -> str:
+    left, right = _value(a), _value(b)
+    if left == right:  # a string of digits and a number, say
+        left, right = (f'"{text}"' if isinstance(each, str) else text for each, text in ((a, left), (b, right)))
+    return f"{left} | {right}"
+
+
 def _value(value: object) -> str:
+    if type(value) is int:  # of training state, which may have more than 64 bits
+        return str(value)
     return "-" if value is None else value if isinstance(value, str) else json_values.encode(json_values.to_json(value))
 
 

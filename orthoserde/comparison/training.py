@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orthoserde.checkpoint import Checkpoint
@@ -14,6 +14,9 @@ from orthoserde.manifest.training import TrainingRecord
 
 #: The place that stands for all training state.
 ALL = ""
+
+#: What keys that are no strings are called in a place.
+_NO_STRINGS = ("None", "True", "False", "inf", "nan")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,10 @@ def compare_training(a: Checkpoint, b: Checkpoint) -> dict[str, Pair | Distance]
     left, right = dict(_leaves(one)), dict(_leaves(two))
     found: dict[str, Pair | Distance] = {}
     for place in dict.fromkeys([*left, *right]):
-        difference = _difference(a, left.get(place), b, right.get(place))
+        if (place in left) is not (place in right):
+            found[place] = _alone(a, left, place), _alone(b, right, place)
+            continue
+        difference = _difference(a, left[place], b, right[place])
         if difference is not None:
             found[place] = difference
     return found
@@ -44,12 +50,21 @@ def compare_training(a: Checkpoint, b: Checkpoint) -> dict[str, Pair | Distance]
 def _difference(a: Checkpoint, one: JSON | _Stored, b: Checkpoint, two: JSON | _Stored) -> Pair | Distance | None:
     if not isinstance(one, _Stored) or not isinstance(two, _Stored):
         shown = _shown(a, one), _shown(b, two)
-        return None if same(*shown) else shown
+        alike = isinstance(one, _Stored) is isinstance(two, _Stored)  # a string may read as a tensor is shown
+        return None if alike and same(*shown) else shown
     left, right = a.manifest.tensors[one.key], b.manifest.tensors[two.key]
     if left.shape != right.shape:
         return _shown(a, one), _shown(b, two)
     distance = distances.between_sources(a.sources[one.key], left.dtype, b.sources[two.key], right.dtype)
     return None if distance.identical else distance
+
+
+def _alone(checkpoint: Checkpoint, leaves: Mapping[str, JSON | _Stored], place: str) -> JSON:
+    """What stands in a place that one of them alone has; a None that stands there is text, for None is nothing."""
+    if place not in leaves:
+        return None
+    shown = _shown(checkpoint, leaves[place])
+    return "None" if shown is None else shown
 
 
 def _shown(checkpoint: Checkpoint, leaf: JSON | _Stored) -> JSON:
@@ -82,14 +97,17 @@ def _walk(value: JSON, where: str) -> Iterator[tuple[str, JSON | _Stored]]:
         ((sort, inner),) = value.items()
         if sort == "tensor":
             yield where, _Stored(str(inner))
-        elif sort in ("float", "integer"):
-            yield where, inner
-        elif isinstance(inner, list) and sort != "tuple":
-            for pair in inner:
-                if isinstance(pair, list):
-                    yield from _walk(pair[1], f"{where}.{_name(pair[0])}")
+        elif sort == "integer":
+            yield where, int(str(inner))
+        elif sort == "float":
+            yield where, value  # with its mark, for a string may read the same
         else:
-            yield from _walk(inner, where)
+            yield f"{where}: type", sort
+            if sort == "tuple":
+                yield from _walk(inner, where)
+            else:
+                for key, item in _pairs(inner):
+                    yield from _walk(item, f"{where}.{_name(key)}")
     elif isinstance(value, list):
         yield f"{where}: length", len(value)
         for i, item in enumerate(value):
@@ -98,6 +116,18 @@ def _walk(value: JSON, where: str) -> Iterator[tuple[str, JSON | _Stored]]:
         yield where, value
 
 
+def _pairs(inner: JSON) -> Iterator[tuple[JSON, JSON]]:
+    if isinstance(inner, list):
+        for pair in inner:
+            if isinstance(pair, list):
+                yield pair[0], pair[1]
+
+
 def _name(key: JSON) -> str:
-    """The key of a dict in a place; keys that are numbers and strings of the same digits differ."""
-    return key if isinstance(key, str) and not key.isdecimal() else repr(key)
+    """The key of a dict in a place: a string that could be nothing else as it is, whatever else as Python writes it."""
+    if isinstance(key, str):
+        return key if key.isidentifier() and key not in _NO_STRINGS else repr(key)
+    if isinstance(key, dict):
+        ((sort, text),) = key.items()
+        return str(int(str(text)) if sort == "integer" else text)
+    return repr(key)

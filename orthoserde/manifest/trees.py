@@ -28,8 +28,8 @@ from orthoserde.json_values import INT_LIMIT, JSON
 #: Levels of lists, tuples and dicts within each other.
 MAX_LEVELS = 16
 
-#: Digits of the largest integer: generators of NumPy have some of 39, and Python reads no more than 4300 at a time.
-MAX_DIGITS = 1000
+#: Digits of the largest integer: what Python converts however PYTHONINTMAXSTRDIGITS is set. NumPy's generators have 39.
+MAX_DIGITS = 640
 _LARGEST = 10**MAX_DIGITS - 1
 _DIGITS = re.compile(rf"-?[1-9][0-9]{{18,{MAX_DIGITS - 1}}}", re.ASCII)
 

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from orthoserde.errors import CommitUncertainError, FileAccessError
+from orthoserde.storage.given import check_given
 from orthoserde.storage.leftovers import remove_leftovers_of, temporary_name, try_lock
 
 
@@ -41,6 +42,7 @@ def replacing(
         CommitUncertainError: The new file is in place, but the folder could not be forced to the disk.
     """
     name = os.fsdecode(path)
+    check_given(name)
     replaced: int | None = None
     try:
         name = os.path.realpath(name)

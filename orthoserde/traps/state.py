@@ -223,7 +223,8 @@ def _weight(tensor: ParametrizedTensor, registry: Registry) -> Iterator[Finding]
         residual = residual_of(codec, weight, config) if finite else None
         admitted = not finite or config is None or codec.admits(weight, config)
     except Exception as error:  # whatever a user's codec raises, or torch for a dtype that an operation lacks
-        text = f"its weight cannot be computed here: {type(error).__name__}: {one_line(error)}"
+        kind, said = type(error).__name__, one_line(error)  # which is its class where it has no text
+        text = f"its weight cannot be computed here: {kind if said == kind else f'{kind}: {said}'}"
         yield Finding(tensor.name, Severity.NOTICE, "not-measured", text, "read the weight yourself to see why")
         return
     if not finite:

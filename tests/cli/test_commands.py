@@ -326,6 +326,15 @@ class TestDiff:
         assert (value["same"], value["model_only"], value["differs_in"]) == (True, True, [])
         assert (value["metadata"], value["training"]) == ({}, {})
 
+    def test_large_integers_of_training_state_are_shown(self, run: Run, tmp_path: Path) -> None:
+        for name, value in (("one", 2**64), ("two", str(2**64))):
+            orthoserde.save(nn.Identity(), tmp_path / name, state={"n": value})
+        code, out, _ = run("diff", tmp_path / "one", tmp_path / "two")
+        assert code == 1
+        assert re.search(r'^  n\s+18446744073709551616 \| "18446744073709551616"$', out, re.MULTILINE)
+        code, out, _ = run("diff", tmp_path / "one", tmp_path / "two", "--json")
+        assert (code, json.loads(out)["training"]) == (1, {"n": [2**64, str(2**64)]})
+
 
 class TestConvert:
     def test_forms_are_those_of_the_library(self) -> None:

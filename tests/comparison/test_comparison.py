@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,47 @@ def test_columns_are_compared_instead_of_their_bases(tmp_path: Path, monkeypatch
     difference = compare(tmp_path / "a", tmp_path / "b").tensors["weight"]
     assert set(difference.state) == {"0.base"}
     assert difference.values is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "place"),
+    [
+        (2**63, str(2**63), "n"),
+        (math.nan, "nan", "n"),
+        ([1, 2], (1, 2), "n: type"),
+        ({"a": 1}, OrderedDict(a=1), "n: type"),
+        ({"a": 1}, Counter(a=1), "n: type"),
+        ({1.0: 1}, {"1.0": 1}, "n.1.0"),
+        ({None: 1}, {"None": 1}, "n.None"),
+        ({math.inf: 1}, {"inf": 1}, "n.inf"),
+        ({2**63: 1}, {str(2**63): 1}, f"n.{2**63}"),
+        ({"a.b": 1}, {"a": {"b": 1}}, "n.'a.b'"),
+        ({"1": 1}, {"'1'": 1}, "n.'1'"),
+        ({}, None, "n: type"),
+        ({}, [], "n: type"),
+        ({"a": None}, {}, "n.a"),
+        (torch.zeros(2), "float32 of shape [2]", "n"),
+    ],
+    ids=str,
+)
+def test_training_state_of_other_types_is_not_the_same(one: object, two: object, place: str, tmp_path: Path) -> None:
+    model = nn.Identity()
+    orthoserde.save(model, tmp_path / "one", state={"n": one})
+    orthoserde.save(model, tmp_path / "two", state={"n": two})
+    for left, right in (("one", "two"), ("two", "one")):
+        report = compare(tmp_path / left, tmp_path / right)
+        assert report.differs_in == ("training",)
+        assert place in report.training
+        for name in (left, right):
+            assert compare(tmp_path / name, tmp_path / name).same
+
+
+def test_large_integers_and_nan_of_training_state_read_well(tmp_path: Path) -> None:
+    model = nn.Identity()
+    orthoserde.save(model, tmp_path / "one", state={"n": {2**63: 2**64, "x": math.nan, "None": 1}})
+    orthoserde.save(model, tmp_path / "two", state={"n": {2**63: 2**65, "x": 1.5}})
+    assert compare(tmp_path / "one", tmp_path / "two").training == {
+        "n.9223372036854775808": (2**64, 2**65),
+        "n.x": ({"float": "nan"}, 1.5),
+        "n.'None'": (1, None),
+    }

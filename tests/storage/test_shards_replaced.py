@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -256,8 +257,15 @@ def test_the_folder_is_made_and_its_parent_is_not(tmp_path: Path) -> None:
 
 def test_no_path_is_not_the_folder_where_the_process_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileAccessError, match="got an empty one"):
-        orthoserde.save(make(), "", max_shard_size=LIMIT)
+    for path in ("", b""):
+        for limit in (LIMIT, None):
+            with pytest.raises(FileAccessError, match=r"^\[Errno 2\] expected a path, got an empty one: ''$"):
+                orthoserde.save(make(), path, max_shard_size=limit)  # type: ignore[arg-type]
+    with pytest.raises(FileAccessError, match="expected a path, got an empty one"):
+        orthoserde.Checkpoints("")
+    for read in (orthoserde.inspect, orthoserde.verify, partial(orthoserde.load, make())):
+        with pytest.raises(orthoserde.CheckpointNotFoundError):
+            read("")
     assert not names(tmp_path)
 
 

@@ -14,6 +14,7 @@ from orthoserde.errors import CommitUncertainError, FileAccessError, FileFormatE
 from orthoserde.manifest import TensorRecord
 from orthoserde.storage.atomic import create_temporary, refused, replacing, set_mode, sync_folder
 from orthoserde.storage.format import digest_in, envelope, in_storage_order, shard_header
+from orthoserde.storage.given import check_given
 from orthoserde.storage.open_file import open_file
 from orthoserde.storage.shards.index import encode_index
 from orthoserde.storage.shards.names import INDEX, SINGLE, shard_names
@@ -59,8 +60,7 @@ def write_shards(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_sha
     """
     check_writable(checkpoint)
     groups = [in_storage_order(group) for group in split(checkpoint.manifest.tensors, byte_limit(max_shard_size))]
-    if not os.fspath(folder):  # to Python it is the folder where the process is, and to a load it is nothing
-        raise FileAccessError(errno.ENOENT, "expected the path of a folder, got an empty one", "")
+    check_given(os.fsdecode(folder))
     place = os.path.abspath(os.fsdecode(folder))
     with _made(place):
         standing = Standing.of(place)

@@ -388,6 +388,18 @@ def test_a_report_names_no_base_that_was_tried_or_cannot_be_stored_so(tmp_path: 
     assert orthoserde.save(make(), tmp_path / "m", base="dense").untried == ()
 
 
+@pytest.mark.parametrize("name", ["row-major", "tied", "overlapping", "chained"])
+def test_a_report_names_no_base_that_compact_would_refuse_without_trying(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, reason = DENSE_MODELS[name]
+    monkeypatch.setattr(canonical, "MOST_MULTIPLICATIONS", 1)
+    report = orthoserde.save(build(), tmp_path / "m")
+    assert (report.compact, report.untried) == ((), ())
+    with pytest.raises(orthoserde.OrthoserdeError, match=reason):
+        orthoserde.save(build(), tmp_path / "m", base="compact")
+
+
 def test_a_base_of_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base: expected one of auto, dense, compact, got 'rows'"):
         orthoserde.save(make(), tmp_path / "m", base="rows")  # type: ignore[arg-type]

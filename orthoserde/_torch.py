@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
@@ -257,6 +259,18 @@ def in_fake_mode() -> bool:
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensorMode", None)
     mode: object = _get_current_dispatch_mode()
     return fake is not None and isinstance(mode, fake)
+
+
+def default_device_type() -> str:
+    """The type of device that new tensors are made on unless told otherwise, without making one.
+
+    ``torch.get_default_device`` makes one, which fails, or begins a CUDA context, where the device is not in use.
+    """
+    # The innermost is the last; it is asked first, and what it has said the others leave.
+    for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+        if isinstance(mode, DeviceContext):
+            return mode.device.type
+    return torch._C._get_default_device()
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]

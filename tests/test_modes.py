@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 import orthoserde
+from orthoserde import _torch
 from orthoserde.integrations.loreft import LoReFT
 from tests.helpers import same_bits
 
@@ -64,6 +68,64 @@ def test_a_computed_weight_is_loaded_whatever_is_switched_on(tmp_path: Path, aro
             return
         orthoserde.load(model, tmp_path / "m.pt")
     assert same_bits(cast("torch.Tensor", model.weight), weight)
+
+
+@pytest.fixture
+def _default_is_cuda() -> Iterator[None]:
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("_default_is_cuda")
+def test_a_default_device_is_not_asked_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not be there, and the first tensor on it would begin a context that a model on the CPU has no use for."""
+
+    def allocated() -> NoReturn:
+        raise AssertionError("CUDA was asked for")
+
+    model, other = (nn.Linear(8, 4, device="cpu") for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "_lazy_init", allocated)
+    orthoserde.orthogonal(model)
+    orthoserde.orthogonal(other)
+    orthoserde.save(model, tmp_path / "m")
+    orthoserde.load(other, tmp_path / "m")
+    assert orthoserde.verify(tmp_path / "m").ok
+    state = other.state_dict()
+    assert all(value.device.type == "cpu" and same_bits(value, state[key]) for key, value in model.state_dict().items())
+    # The mode says which it is; to make a tensor there would be what must not happen.
+    stack: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    assert [mode.device for mode in stack if isinstance(mode, DeviceContext)] == [torch.device("cuda")]
+
+
+def test_the_type_of_the_default_device_is_that_of_a_new_tensor() -> None:
+    def agrees() -> bool:
+        return _torch.default_device_type() == torch.empty(0).device.type
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None
+        ) -> object:
+            return func(*args, **(kwargs or {}))
+
+    assert agrees()
+    with torch.device("meta"):
+        assert agrees()
+        with Mode(), torch.device("cpu"):
+            assert agrees()
+            with torch.device("meta"), Mode():
+                assert agrees()
+        assert agrees()
+    torch.set_default_device("meta")
+    try:
+        assert agrees()
+        with torch.device("cpu"):
+            assert agrees()
+        torch.set_default_device("cpu")
+        assert agrees()
+    finally:
+        torch.set_default_device(None)
+    assert agrees()
 
 
 def test_no_call_of_torch_takes_a_detour_where_the_cpu_is_the_default(

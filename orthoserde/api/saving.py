@@ -202,7 +202,7 @@ def prepare(
     captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
     captured = with_training(captured, model, optimizer=optimizer, state=state, rng=rng)
     stored = _STORED[base](captured)
-    return Prepared(stored, measured, untried(stored.manifest) if base == "auto" else ())
+    return Prepared(stored, measured, untried(stored) if base == "auto" else ())
 
 
 def _save_report(manifest: Manifest, path: str, file_bytes: int, untried: tuple[str, ...]) -> SaveReport:

@@ -82,12 +82,16 @@ def create_temporary(name: str) -> tuple[str, int]:
     folder, base = os.path.split(name)
     temporary = os.path.join(folder, temporary_name(base))
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor: int | None = None
     try:
         descriptor = os.open(temporary, flags, 0o666)
         try_lock(descriptor)  # without a lock nobody will take the file for a leftover either
     except FileExistsError:  # it is another's
         raise
     except BaseException:  # Ctrl-C, say, which Python delivers when the system has already made the file
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)  # first, for Windows removes no open file
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise

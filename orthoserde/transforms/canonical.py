@@ -90,22 +90,14 @@ def compact(checkpoint: Checkpoint) -> Checkpoint:
     return _compact(checkpoint, _bases(checkpoint, MOST_MULTIPLICATIONS))
 
 
-def untried(manifest: Manifest) -> tuple[str, ...]:
+def untried(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of the parametrized tensors whose bases :func:`compact` has left dense for the work it would take alone.
 
     Args:
-        manifest: That of a checkpoint which it returned.
+        checkpoint: One that it returned.
     """
-    found: list[str] = []
-    for record in manifest.parametrized:
-        for index, link in enumerate(record.chain):
-            whole = link.kind == ORTHOGONAL and link.tensors.get("base") == DENSE
-            *batch, n, k = (_sizes(link) if whole else ()) or (0, 0)
-            if math.prod((*batch, n, k, k)) > MOST_MULTIPLICATIONS:
-                key = manifest.kept_key(record.link_key(index, "base"))
-                if not _obstacle(record, key, (*batch, n, n), manifest):
-                    found.append(record.name)
-    return tuple(found)
+    bases = _found(checkpoint)
+    return tuple(base.name for base in bases if base.multiplications > MOST_MULTIPLICATIONS and not base.obstacle)
 
 
 def compact_named(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
@@ -149,6 +141,11 @@ class _Base:
     obstacle: str
 
     @property
+    def multiplications(self) -> int:
+        """What it takes to find out whether it is the canonical completion; see Note [Worth the work]."""
+        return math.prod(self.shape) * self.shape[-1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the base, if any thread may read it."""
         tensor = self.source.tensor if isinstance(self.source, LiveTensor) else None
@@ -158,6 +155,24 @@ class _Base:
 
 def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | None = None) -> list[_Base]:
     """Bases that have more columns than their weight, with what keeps each from being stored as columns."""
+
+    def read(base: _Base, go_on: GoOn) -> str:
+        return base.obstacle or _difference(base, go_on)
+
+    bases = _found(checkpoint, names)
+    if limit is not None:
+        too_much = f"it would take more than {limit} multiplications to find out"
+        bases = [
+            dataclasses.replace(base, obstacle=too_much) if base.multiplications > limit and not base.obstacle else base
+            for base in bases
+        ]
+    with modes.undisturbed():
+        obstacles = work_through(bases, read, lambda base: base.nbytes)
+    return [dataclasses.replace(base, obstacle=text) for base, text in zip(bases, obstacles, strict=True)]
+
+
+def _found(checkpoint: Checkpoint, names: Collection[str] | None = None) -> list[_Base]:
+    """Bases that have more columns than their weight, with what is known against each before it is read."""
     manifest = checkpoint.manifest
     memory: dict[int, list[tuple[str, Tensor]]] = {}
     for key, source in checkpoint.sources.items():
@@ -168,16 +183,12 @@ def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | N
         if names is not None and record.name not in names:
             continue
         for index, link in enumerate(record.chain):
-            if link.kind != ORTHOGONAL or link.tensors.get("base") != DENSE:
-                continue
-            key = manifest.kept_key(record.link_key(index, "base"))
-            sizes = _sizes(link)
+            sizes = _sizes(link) if link.kind == ORTHOGONAL and link.tensors.get("base") == DENSE else ()
             if not sizes:
                 continue
             *batch, n, k = sizes
+            key = manifest.kept_key(record.link_key(index, "base"))
             obstacle = _obstacle(record, key, (*batch, n, n), manifest)
-            if limit is not None and math.prod((*batch, n, k, k)) > limit:
-                obstacle = obstacle or f"it would take more than {limit} multiplications to find out"
             source = checkpoint.sources[key]
             if not obstacle and isinstance(source, LiveTensor):
                 neighbours = memory[storage_of(source.tensor)]
@@ -186,13 +197,7 @@ def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | N
             target = with_encoding(record, COLUMNS).link_key(index, "base")
             shape, dtype = (*batch, n, k), DTYPES[manifest.tensors[key].dtype]
             bases.append(_Base(record.name, key, target, shape, dtype, source, obstacle))
-
-    def read(base: _Base, go_on: GoOn) -> str:
-        return base.obstacle or _difference(base, go_on)
-
-    with modes.undisturbed():
-        obstacles = work_through(bases, read, lambda base: base.nbytes)
-    return [dataclasses.replace(base, obstacle=text) for base, text in zip(bases, obstacles, strict=True)]
+    return bases
 
 
 def _sizes(link: ParametrizationRecord) -> tuple[int, ...]:

@@ -3,11 +3,12 @@
 Note [Rows at a time]
 A base has n x n elements for n x k columns, so a file of some kilobytes may stand for gigabytes. Whoever reads one does
 it in blocks of rows: beside what the base is read into, there are never more than 2 n k numbers in double precision and
-some small blocks. Columns are checked before anything of that size is asked for.
+some small blocks. Of a batch, one matrix is completed at a time. Columns are checked before anything of that size is
+asked for.
 
 Note [Rows by any thread]
-Rows come out with the same bits in any thread, see Note [Same bits everywhere] of ``completion``. So those of one base
-that is read into memory are shared out, a few blocks at a time, and seen in order.
+Rows come out with the same bits in any thread, see Note [Same bits everywhere] of ``completion``. So those of one
+matrix, where a base is read into memory, are shared out, a few blocks at a time, and seen in order.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ class ColumnsOfBase:
             return block.bytes_moved if plain else 0
 
         # See Note [Rows by any thread].
-        blocks = _blocks(columns, SHARED_BYTES)
-        while at_a_time := list(itertools.islice(blocks, MOST_THREADS)):
-            for rows in work_through(at_a_time, work, movable):
-                see(as_bytes(rows))
+        for index in matrices(columns.shape[:-2]):
+            blocks = _blocks(columns, index, SHARED_BYTES)
+            while at_a_time := list(itertools.islice(blocks, MOST_THREADS)):
+                for rows in work_through(at_a_time, work, movable):
+                    see(as_bytes(rows))
 
 
 def admitted(columns: Tensor) -> bool:
@@ -212,19 +214,20 @@ class _Block:
         return rows
 
 
-def _blocks(columns: Tensor, block_bytes: int) -> Iterator[_Block]:
-    """The blocks of rows of a base, in row-major order; see Note [Rows at a time]."""
+def _blocks(columns: Tensor, index: tuple[int, ...], block_bytes: int) -> Iterator[_Block]:
+    """The blocks of rows of one of the matrices of a base, in order."""
     n = columns.size(-2)
     step = max(1, block_bytes // (n * columns.element_size()))
-    for index in matrices(columns.shape[:-2]):
-        completion = Completion(columns[index])
-        for start in range(0, n, step):
-            yield _Block(index, slice(start, min(start + step, n)), columns[index], completion)
+    completion = Completion(columns[index])
+    for start in range(0, n, step):
+        yield _Block(index, slice(start, min(start + step, n)), columns[index], completion)
 
 
 def _completed(columns: Tensor, block_bytes: int) -> Iterator[tuple[tuple[int, ...], slice, Tensor]]:
-    """The completed columns, block by block of rows, in row-major order."""
-    return ((block.index, block.part, block.rows()) for block in _blocks(columns, block_bytes))
+    """The completed columns, block by block of rows, in row-major order; see Note [Rows at a time]."""
+    for index in matrices(columns.shape[:-2]):
+        # A loop would hold the last block of one matrix, and so its completion, while the next is completed.
+        yield from ((index, block.part, block.rows()) for block in _blocks(columns, index, block_bytes))
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

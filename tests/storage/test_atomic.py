@@ -318,6 +318,22 @@ def test_an_interrupt_when_the_temporary_file_is_just_made_leaves_none(
     assert_untouched(target)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
+def test_an_interrupt_while_the_temporary_file_is_locked_leaves_no_file_open(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_to(target)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert_untouched(target)
+
+
 def test_an_error_of_the_system_in_the_block_says_that_the_previous_file_is_untouched(target: Path) -> None:
     with pytest.raises(FileAccessError, match="the previous file is untouched: gone") as caught, replacing(target):
         raise OSError(errno.EIO, "gone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,30 @@ def test_the_rows_of_one_base_are_shared_out_among_threads(
     assert base_of(other).stride() == base_of(model).stride()
 
 
+def test_a_batch_is_worked_out_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See Note [Rows at a time] of ``columns``."""
+    model, other = make(shape=(20, 12, 5)), make(shape=(20, 12, 5), seed=1)
+    alive: weakref.WeakSet[Completion] = weakref.WeakSet()
+    at_a_time: list[int] = []
+
+    class Counted(Completion):
+        def __init__(self, columns: Tensor) -> None:
+            alive.add(self)
+            at_a_time.append(len(alive))
+            super().__init__(columns)
+
+    monkeypatch.setattr(columns, "Completion", Counted)
+    orthoserde.save(model, tmp_path / "m", base="compact")
+    assert at_a_time == [1] * 20
+    orthoserde.load(other, tmp_path / "m")
+    assert at_a_time == [1] * 40
+    with storage.read(tmp_path / "m") as packed:
+        storage.write(expand(packed), tmp_path / "dense")
+    assert at_a_time == [1] * 60
+    assert not alive
+    assert same_bits(base_of(other), base_of(model))
+
+
 def test_a_file_is_as_small_as_what_it_holds(tmp_path: Path) -> None:
     layer = orthoserde.orthogonal(nn.Linear(4, 4096))
     report = orthoserde.save(layer, tmp_path / "m")
@@ -361,6 +386,18 @@ def test_a_report_names_no_base_that_was_tried_or_cannot_be_stored_so(tmp_path: 
     for model in (random_completion(), one_bit(), make(), make(shape=(6, 6)), nn.Linear(2, 2)):
         assert orthoserde.save(model, tmp_path / "m").untried == ()
     assert orthoserde.save(make(), tmp_path / "m", base="dense").untried == ()
+
+
+@pytest.mark.parametrize("name", ["row-major", "tied", "overlapping", "chained"])
+def test_a_report_names_no_base_that_compact_would_refuse_without_trying(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, reason = DENSE_MODELS[name]
+    monkeypatch.setattr(canonical, "MOST_MULTIPLICATIONS", 1)
+    report = orthoserde.save(build(), tmp_path / "m")
+    assert (report.compact, report.untried) == ((), ())
+    with pytest.raises(orthoserde.OrthoserdeError, match=reason):
+        orthoserde.save(build(), tmp_path / "m", base="compact")
 
 
 def test_a_base_of_another_name_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def with_any_pickle(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(torch, "load", trusting)
     patch.setattr(torch_files, "check_pickle", lambda *arguments: None)
+    patch.setattr(torch_files, "SAFE_TORCH", (0, 0))
 
 
 def without_constraint(patch: pytest.MonkeyPatch) -> None:

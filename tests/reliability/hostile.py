@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import orthoserde
-from orthoserde.errors import OrthoserdeError
+from orthoserde.errors import FileFormatError, OrthoserdeError
 from tests.helpers import assert_unchanged, snapshot
 from tests.reliability import hostile_files, hostile_manifests, hostile_paths, hostile_pickles
 from tests.reliability.broken_builds import BUILDS
@@ -179,8 +179,9 @@ def _warm_up() -> None:
         layer = nn.Linear(1, 1)
         for zipped in (True, False):
             torch.save(layer.state_dict(), path, _use_new_zipfile_serialization=zipped)
-            orthoserde.load(layer, path)
-            orthoserde.verify(path)
+            with suppress(FileFormatError):  # an older torch reads no pickle safely, so none is read
+                orthoserde.load(layer, path)
+                orthoserde.verify(path)
         orthoserde.save(layer, Path(folder) / "shards", max_shard_size=4)
         orthoserde.load(layer, Path(folder) / "shards")
         orthoserde.inspect(Path(folder) / "shards")

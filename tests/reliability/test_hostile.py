@@ -11,6 +11,7 @@ import pytest
 
 from tests.reliability.broken_builds import BUILDS, noticed_by
 from tests.reliability.hostile import CALLS, CONSTANT, FACTOR, FILES, in_a_child, outcomes, written
+from tests.reliability.hostile_pickles import IS_TRUSTED
 from tests.reliability.vanishing import CHANGES
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="about POSIX files and processes")
@@ -85,5 +86,5 @@ def test_a_file_that_changes_while_it_is_read_ends_no_process(change: str) -> No
     found = in_a_child("vanishing", change)
     assert found["wrong"] == []
     refused = {name for name in found["outcomes"] if name != "loaded"}
-    # What is replaced under its name stays what it was for whoever has it open.
-    assert bool(refused) == (change != "replaced")
+    # What is replaced under its name stays what it was for whoever has it open; an older torch refuses every pickle.
+    assert bool(refused) == (change != "replaced" or not IS_TRUSTED)

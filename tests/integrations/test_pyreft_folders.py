@@ -549,7 +549,6 @@ HOSTILE: dict[str, Hostile] = {
         ],
         IncompatibleModelError,
         "rotate_layer: in the file, not in the model",
-        False,
     ),
     "a file missing": Hostile(remove(file_of(1)), FileFormatError, MISSING, False),
     "a file missing, no config": Hostile(

@@ -300,6 +300,8 @@ HOOKS: dict[str, Callable[[], nn.Module]] = {"hooks": hooks, "masks": masks}
 #: Of which training state is saved too. Written by orthoserde 0.1 under torch 2.13.0 alone.
 TRAINING: dict[str, Callable[[], nn.Module]] = {"training": training}
 
+ALL = MODELS | COMPACT | HOOKS | TRAINING
+
 
 def expected(key: str, like: Tensor) -> Tensor:
     """The value that a golden file holds under ``key``: a few exact binary fractions, different for each key."""
@@ -325,7 +327,7 @@ def fill_(model: nn.Module) -> nn.Module:
 
 def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a golden file with its values, and what a save of that file is told beside it."""
-    model = fill_((MODELS | COMPACT | HOOKS | TRAINING)[name]())
+    model = fill_(ALL[name]())
     if name in COMPACT:
         set_bases_(model)
     options: dict[str, Any] = {"registry": REGISTRY, "metadata": {"golden": name, "ключ": "значение"}}
@@ -340,7 +342,7 @@ def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
 if __name__ == "__main__":
     folder = FOLDER.parent / sys.argv[1] if len(sys.argv) > 1 else FOLDER
     folder.mkdir(exist_ok=True)
-    for name in MODELS | COMPACT | HOOKS | TRAINING:
+    for name in ALL:
         path = folder / f"{name}.safetensors"
         if not path.exists():
             model, options = made(name)

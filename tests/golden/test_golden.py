@@ -18,12 +18,12 @@ from orthoserde import Fidelity, storage
 from orthoserde.tensor_bytes import digest_of, iter_bytes
 from orthoserde.walk import take_inventory
 from tests.golden.models import (
+    ALL,
     COMPACT,
     FOLDER,
     HOOKS,
     MODELS,
     REGISTRY,
-    TRAINING,
     expected,
     in_training,
     optimizers_of,
@@ -59,7 +59,7 @@ def path_of(name: str) -> Path:
 
 
 def test_every_golden_file_is_known() -> None:
-    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(MODELS | COMPACT | HOOKS | TRAINING)
+    assert {path.stem for path in FOLDER.iterdir()} == set(SHA256) == set(ALL)
 
 
 @pytest.mark.parametrize("name", SHA256)

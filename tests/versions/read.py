@@ -20,8 +20,8 @@ import torch
 
 import orthoserde
 from orthoserde import Fidelity
-from tests.golden.models import COMPACT, FOLDER, HOOKS, MODELS, REGISTRY, TRAINING, in_training, optimizers_of, values
-from tests.versions.write import NAMES, state_of, weights_of
+from tests.golden.models import ALL, FOLDER, REGISTRY, TRAINING, in_training, optimizers_of, values
+from tests.versions.write import state_of, weights_of
 
 #: How far computed tensors may be apart, in units of eps of their dtype times their largest entry. Releases of torch
 #: sum in other orders; the largest seen is in docs/reference/versions.md.
@@ -58,7 +58,7 @@ class Found:
 
 def _loaded(name: str, path: Path) -> tuple[torch.nn.Module, list[str]]:
     """A fresh model with the content of a file, and what is wrong with its training state."""
-    model = (MODELS | COMPACT | HOOKS | TRAINING)[name]()
+    model = ALL[name]()
     more: dict[str, Any] = {}
     if name in TRAINING:
         more = {"optimizer": optimizers_of(model), "state": dict.fromkeys(values())}
@@ -66,7 +66,7 @@ def _loaded(name: str, path: Path) -> tuple[torch.nn.Module, list[str]]:
     expected = Fidelity.UNVERIFIED if name == "users" else Fidelity.EXACT
     wrong = [] if report.fidelity is expected else [f"{name}: {report}"]
     if name in TRAINING:
-        saved = in_training((MODELS | COMPACT | HOOKS | TRAINING)[name]())
+        saved = in_training(ALL[name]())
         for key, optimizer in more["optimizer"].items():
             state = optimizer.state_dict()["state"]
             for number, entries in saved[key].state_dict()["state"].items():
@@ -85,7 +85,7 @@ def read(place: Path) -> Found:
     """Read the files of one torch."""
     found = Found(torch.__version__.partition("+")[0], place.name.removeprefix("torch-"))
     differing: list[str] = []
-    for name in NAMES:
+    for name in ALL:
         model, wrong = _loaded(name, place / f"{name}.safetensors")
         differing += wrong
         found.files += 1
@@ -115,7 +115,7 @@ def read_golden() -> Found:
     """Read the golden files of format version 1, whose values come from a formula: tests/golden holds them to it."""
     found = Found(torch.__version__.partition("+")[0], "golden v1")
     differing: list[str] = []
-    for name in NAMES:
+    for name in ALL:
         model, wrong = _loaded(name, FOLDER / f"{name}.safetensors")
         differing += wrong
         found.files += 1

@@ -18,9 +18,7 @@ from torch import nn
 import orthoserde
 from orthoserde.tensor_bytes import digest_of, iter_bytes
 from orthoserde.walk import take_inventory
-from tests.golden.models import COMPACT, HOOKS, MODELS, TRAINING, made
-
-NAMES = list(MODELS | COMPACT | HOOKS | TRAINING)
+from tests.golden.models import ALL, made
 
 
 def state_of(model: nn.Module) -> dict[str, list[object]]:
@@ -53,7 +51,7 @@ def write(folder: Path) -> Path:
     place = folder / f"torch-{torch.__version__.partition('+')[0]}"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    for name in NAMES:
+    for name in ALL:
         model, options = made(name)
         orthoserde.save(model, place / f"{name}.safetensors", **options)
         (place / f"{name}.json").write_text(json.dumps(state_of(model)))

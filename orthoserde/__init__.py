@@ -2,6 +2,9 @@
 
 ``save(model, path)`` writes the state *and configuration* of every parametrized tensor to one safetensors file;
 ``load(model, path)`` puts them back in place, bit for bit, or says what does not fit and changes nothing.
+
+Next: ``inspect`` and ``verify`` look at a file without a model, ``diagnose`` finds what is about to lose a weight,
+``Checkpoints`` keeps the files of a run, ``register`` names classes of your own. docs/index.md begins with a tutorial.
 """
 
 import importlib

@@ -261,16 +261,17 @@ def in_fake_mode() -> bool:
     return fake is not None and isinstance(mode, fake)
 
 
-def default_device_type() -> str:
-    """The type of device that new tensors are made on unless told otherwise, without making one.
+def default_device() -> torch.device:
+    """The device that new tensors are made on unless told otherwise, as it was set, and without making one.
 
-    ``torch.get_default_device`` makes one, which fails, or begins a CUDA context, where the device is not in use.
+    ``torch.get_default_device`` makes one, which fails, or begins a CUDA context, where the device is not in use. A
+    device that was set without an index has none: which it is, the library of the device says when a tensor is made.
     """
     # The innermost is the last; it is asked first, and what it has said the others leave.
     for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         if isinstance(mode, DeviceContext):
-            return mode.device.type
-    return torch._C._get_default_device()
+            return mode.device
+    return torch.device(torch._C._get_default_device())
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.manifest import DENSE, ORTHOGONAL, Manifest, ParametrizedRecord, join
-from orthoserde.orthonormal.probe import off_orthonormal
+from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, Manifest, ParametrizedRecord, join
+from orthoserde.orthonormal.probe import moved_diagonal, off_orthonormal
 from orthoserde.parametrizations import is_built_in
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
 from orthoserde.registry import Registry
@@ -22,6 +23,9 @@ from orthoserde.weights.stored import SCRATCH_BYTES, Link, Misfit, NotComputable
 from orthoserde.wording import one_line
 
 _ORTHOGONAL = OrthogonalCodec()
+
+#: What to do with a weight that cannot be mended by hand.
+_RELOAD = "use a checkpoint from before, or convert this one to baked, and load that with legacy='project'"
 
 
 def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[str] = ()) -> VerifyReport:
@@ -46,7 +50,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
     manifest, expanded = checkpoint.manifest, expand(checkpoint)
     damaged = dict.fromkeys(checkpoint.damaged())
     residuals: dict[str, float | None] = {}
-    off_constraint: list[str] = []
+    off_constraint: dict[str, str] = {}
     misfits: dict[str, str] = {}
     not_measured = _unrecorded(manifest)
     limit = max(SCRATCH_BYTES, manifest.nbytes)
@@ -64,7 +68,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
             else:
                 residuals[record.name] = residual
                 if not admitted:
-                    off_constraint.append(record.name)
+                    off_constraint[record.name] = _cause(stored, checkpoint, residual)
                 elif (far := _base_error(stored, checkpoint)) is not None:
                     misfits[record.name] = (
                         f"the weight is on its constraint, but its base is off orthogonality by {far:.2g}, so that "
@@ -77,7 +81,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
             weight = checkpoint.tensor(key)
             residuals[key] = _ORTHOGONAL.residual(weight)
             if not _ORTHOGONAL.admits(weight, {}):
-                off_constraint.append(key)
+                off_constraint[key] = _RELOAD
     return VerifyReport(
         path=checkpoint.origin,
         has_configuration=manifest.has_configuration,
@@ -86,9 +90,30 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
         damaged=tuple(damaged),
         residuals=residuals,
         off_constraint=tuple(off_constraint),
+        causes=off_constraint,
         misfits=misfits,
         not_measured=not_measured,
     )
+
+
+def _cause(record: ParametrizedRecord, checkpoint: Checkpoint, residual: float | None) -> str:
+    """Why a computed tensor is off its constraint, as far as the file tells, and what to do."""
+    if residual is not None and math.isnan(residual):
+        return "it is not finite, or was computed from what is not; use a checkpoint from before"
+    first = record.chain[0]
+    householder = first.kind in (ORTHOGONAL, STRUCTURED) and (first.config or {}).get("orthogonal_map") == "householder"
+    moved = (
+        moved_diagonal(checkpoint.tensor(record.original_key(next(iter(record.originals))))) if householder else None
+    )
+    if moved is not None:
+        return (
+            f"{moved}, which torch reads as integers, as after weight decay; load it, write the signs of the diagonal "
+            "back, and give its original weight_decay=0"
+        )
+    far = _base_error(record, checkpoint)
+    if far is not None:
+        return f"its base is off orthogonality by {far:.2g}, as a cast to half precision leaves it; {_RELOAD}"
+    return f"its state does not come to a weight on the constraint; {_RELOAD}"
 
 
 def _base_error(record: ParametrizedRecord, checkpoint: Checkpoint) -> float | None:

@@ -16,7 +16,7 @@ from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
-from orthoserde.storage.given import check_given
+from orthoserde.storage.given import path_of, target_of
 from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
 from orthoserde.watching import Progress, no_progress, watched
@@ -122,7 +122,7 @@ def convert(
     """
     if form not in get_args(Form):
         raise ConfigError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
-    origin, goal = os.fsdecode(source), os.fsdecode(target)
+    origin, goal = path_of(source, "source"), target_of(target, "target")
     is_folder = form in ("pyreft", "pyreft-full")
     _check_places(origin, goal, is_folder=is_folder, force=force)
     if is_folder:
@@ -314,7 +314,6 @@ def _check_reft(checkpoint: Checkpoint) -> None:
 
 def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> None:
     """Refuse a target that is the source, or a part of it, or holds it, or is there already."""
-    check_given(target)
     real_source, real_target = _real(source), _real(target)
     if not os.path.exists(source):
         return  # opening it says so

@@ -40,7 +40,7 @@ def plain_arithmetic() -> Iterator[None]:
     """Compute in the dtypes of the tensors, without autocast, and make new tensors on the CPU unless told otherwise."""
     with contextlib.ExitStack() as stack:
         # A mode costs every call of torch a detour through Python, so it is entered only where the default is another.
-        if _torch.default_device_type() != "cpu":
+        if _torch.default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.cuda.is_available():  # without, torch warns that there is nothing to switch off

@@ -6,6 +6,7 @@ import os
 
 from orthoserde import storage
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.storage.given import path_of
 from orthoserde.storage.shards.index import decode_index
 from orthoserde.storage.shards.names import is_index_name, shard_ending
 from orthoserde.storage.shards.reading import read_text
@@ -22,16 +23,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         A checkpoint that owns what is open; close it, or use it as a context manager.
 
     Raises:
+        TypeError: It is no path.
         CheckpointNotFoundError: There is nothing.
         FileAccessError: The system refuses to open or read it.
         FileFormatError: It is none of these, or it is damaged.
     """
-    name = os.fsdecode(path)
+    name = path_of(path)
     if is_pyreft(name):
         from orthoserde.integrations.pyreft import without_model  # noqa: PLC0415
 
         return without_model.read_folder(name)
-    return storage.read(path)
+    return storage.read(name)
 
 
 def is_pyreft(path: str) -> bool:

@@ -22,6 +22,7 @@ from orthoserde.manifest import ORTHOGONAL, STRUCTURED
 from orthoserde.orthonormal.rounding import gram_error, tall
 from orthoserde.registry import Registry
 from orthoserde.storage.atomic import replacing
+from orthoserde.storage.given import target_of
 from orthoserde.storage.writer import write_all
 from orthoserde.transforms import expand
 from orthoserde.weights.stored import Misfit, NotComputable, stored_weight
@@ -94,7 +95,7 @@ def plot(checkpoint: Checkpoint, registry: Registry, path: str | os.PathLike[str
         MissingPackageError: matplotlib is not installed.
         FileAccessError: The system refuses to read or write. An earlier picture is untouched.
     """
-    name = os.fsdecode(path)
+    name = target_of(path)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415

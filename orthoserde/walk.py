@@ -194,7 +194,8 @@ def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        hint = "; give the model itself, not its state dict" if isinstance(model, Mapping) else ""
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}{hint}")
 
 
 def module_types(model: nn.Module) -> set[type[nn.Module]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import tracemalloc
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -301,6 +303,7 @@ class TestOffTheConstraint:
         report = orthoserde.verify(path)
         assert not report.ok
         assert report.off_constraint == ("0.weight",)
+        assert "its base is off orthogonality" in report.causes["0.weight"]
         assert 1e-4 < (report.residuals["0.weight"] or 0.0) < 1e-1
         assert not report.damaged
 
@@ -311,6 +314,7 @@ class TestOffTheConstraint:
         orthoserde.save(model, path)
         report = orthoserde.verify(path)
         assert report.off_constraint == ("0.weight", "1.weight", "2.weight")
+        assert all("not finite" in cause for cause in report.causes.values())
         assert math.isnan(report.residuals["0.weight"] or 0.0)
         assert "largest residual nan" in str(report)
 
@@ -318,7 +322,34 @@ class TestOffTheConstraint:
         # Weight decay moves the diagonal, which torch truncates to integers: -0.999 becomes 0.
         model.get_parameter("1.parametrizations.weight.original").detach().mul_(0.999)
         orthoserde.save(model, path)
-        assert orthoserde.verify(path).off_constraint == ("1.weight",)
+        report = orthoserde.verify(path)
+        assert report.off_constraint == tuple(report.causes) == ("1.weight",)
+        columns = min(model.get_parameter("1.parametrizations.weight.original").shape)
+        found = f"{columns} of {columns} diagonal entries of its original are not +-1 (-0.999000013)"
+        assert f"1.weight: off its constraint: {found}" in str(report)
+
+    @pytest.mark.parametrize("cause", ["base", "diagonal"])
+    def test_what_a_cause_advises_helps(self, tmp_path: Path, cause: str) -> None:
+        path, model = tmp_path / "m", orthogonal(nn.Linear(6, 4), orthogonal_map="householder")
+        state = model.parametrizations.weight  # type: ignore[union-attr]
+        original, base = cast("Tensor", state.original), cast("Tensor", state[0].base)  # type: ignore[union-attr,index]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", orthoserde.TrainingTrapWarning)
+            if cause == "base":
+                base.copy_(base.bfloat16())
+            else:
+                original.mul_(0.999)
+            orthoserde.save(model, path)
+            assert not orthoserde.verify(path).ok
+            orthoserde.load(model, path)
+            if cause == "base":
+                orthoserde.convert(path, tmp_path / "baked", "baked")
+                warnings.simplefilter("ignore", orthoserde.LegacyCheckpointWarning)
+                orthoserde.load(model, tmp_path / "baked", legacy="project")
+            else:
+                original.diagonal().copy_(original.diagonal().sign())
+        orthoserde.save(model, path)
+        assert orthoserde.verify(path).ok
 
 
 class TestClassesOfTheUser:
@@ -362,6 +393,7 @@ class TestClassesOfTheUser:
         report = verified_halves(tmp_path / "a", HalvedCodec())
         assert report.residuals == {"weight": 2.0}
         assert report.off_constraint == ("weight",)
+        assert report.causes["weight"].startswith("its state does not come to a weight on the constraint; use a ")
 
     def test_what_follows_it_in_a_chain_is_measured(self, tmp_path: Path) -> None:
         report = verified_halves(tmp_path / "a", HalvedCodec(), then_orthogonal=True)
@@ -580,6 +612,7 @@ class TestReports:
             damaged=tuple(f"layers.{i}.bias" for i in range(7)),
             residuals={"a.weight": 0.25, "b.weight": 1e-7, "c.weight": None},
             off_constraint=("a.weight",),
+            causes={"a.weight": "its base is\x1b[2Jodd"},
             misfits={"d.weight": "its base is\nodd"},
             not_measured={join("e", str(i)): "unknown" for i in range(25)},
         )
@@ -590,7 +623,7 @@ class TestReports:
             "  23 of 30 tensors match their digests",
             "  damaged: layers.0.bias, layers.1.bias, layers.2.bias, layers.3.bias, layers.4.bias and 2 more",
             "  1 of 2 measured tensors are on their constraint, largest residual 0.25",
-            "  off their constraint: a.weight",
+            r"  a.weight: off its constraint: its base is\x1b[2Jodd",
             r"  d.weight: does not fit: its base is\nodd",
             "  e.0: not measured: unknown",
         ]

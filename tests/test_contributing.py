@@ -58,7 +58,8 @@ def copy(tmp_path: Path) -> Path:
     without_caches = shutil.ignore_patterns("__pycache__", "*.pyc")
     for folder in ("orthoserde", "tests", "docs/reference"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=without_caches)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for file in ("pyproject.toml", "CHANGELOG.md"):
+        shutil.copy(ROOT / file, tmp_path)
     return tmp_path
 
 
@@ -76,6 +77,8 @@ HELD_TO = {
 
 @pytest.mark.parametrize("heading", HELD_TO)
 def test_a_worked_change_applies_and_its_test_passes(heading: str, copy: Path) -> None:
+    (copy / "change.diff").write_text(worked_changes()[heading], encoding="utf-8")
+    subprocess.run(["git", "apply", "--check", "change.diff"], cwd=copy, check=True)  # as the page says
     tests = [path for path in apply_diff(worked_changes()[heading], copy) if path.startswith("tests/")]
     assert len(tests) == 1
     done = subprocess.run(

@@ -100,7 +100,7 @@ def test_a_default_device_is_not_asked_for_memory(tmp_path: Path, monkeypatch: p
 
 def test_the_type_of_the_default_device_is_that_of_a_new_tensor() -> None:
     def agrees() -> bool:
-        return _torch.default_device_type() == torch.empty(0).device.type
+        return _torch.default_device().type == torch.empty(0).device.type
 
     class Mode(TorchFunctionMode):
         def __torch_function__(

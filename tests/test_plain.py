@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -191,6 +191,39 @@ def test_a_prefix_on_one_side_is_pointed_out(tmp_path: Path, wrapped: str) -> No
     safetensors.torch.save_file(model.state_dict(), tmp_path / "m")
     with pytest.raises(IncompatibleModelError, match=rf"all keys of the {wrapped} begin with 'module\.'"):
         orthoserde.load(target, tmp_path / "m")
+
+
+def test_a_file_of_a_wrapped_model_is_loaded_as_the_refusal_says(tmp_path: Path) -> None:
+    """Also where the weight was only computed, so that its key in the model is another one."""
+    wrapped = nn.DataParallel(nn.Linear(4, 2))
+    nn.init.orthogonal_(wrapped.module.weight)
+    safetensors.torch.save_file(wrapped.state_dict(), tmp_path / "m")
+    model = orthogonal(nn.Linear(4, 2))
+    with pytest.raises(IncompatibleModelError, match=r"load into nn\.ModuleDict\(\{'module': model\}\); 5 problems:"):
+        orthoserde.load(model, tmp_path / "m")
+    with pytest.warns(orthoserde.LegacyCheckpointWarning):
+        orthoserde.load(nn.ModuleDict({"module": model}), tmp_path / "m")
+    torch.testing.assert_close(model.weight, wrapped.module.weight)
+
+
+def test_a_refusal_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    orthoserde.save(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), path)
+
+    def advice(model: nn.Module, **arguments: Any) -> str:
+        with pytest.raises(IncompatibleModelError) as caught:
+            orthoserde.load(model, path, **arguments)
+        return str(caught.value).splitlines()[0].removeprefix(f"{path} does not fit Sequential, nothing was loaded; ")
+
+    as_saved = "make the model as it was when it was saved"
+    shorter, wider = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert advice(shorter) == f"{as_saved}, or let strict=False leave out keys of one side; 2 problems:"
+    assert advice(wider) == f"{as_saved}; 3 problems:"
+    assert advice(wider, strict=False) == f"{as_saved}; 3 problems:"
+    # A remedy for the model would be none where the training state does not fit.
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    assert advice(model, rng=True) == "1 problem:"
+    assert orthoserde.load(shorter, path, strict=False).unexpected_keys == ["2.bias", "2.weight"]
 
 
 def test_a_load_says_what_it_has_widened(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,30 @@ def test_the_script_is_killed_in_a_process_of_its_own_in_the_middle_of_an_epoch(
     assert "EXACT" in again.stdout
     assert_same_end(run, uninterrupted)
     assert_same_losses(run, uninterrupted)
+
+
+@posix
+def test_the_commands_of_the_page_kill_it_and_end_with_the_same_bits(tmp_path: Path) -> None:
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", commands],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("the same bits\n")
+    # Six are sent. On a machine under load one may come late, when the run has ended or the next step is logged too.
+    assert done.stdout.count("killed after step ") >= 4, done.stdout
+    assert done.stdout.count("EXACT") >= 3, done.stdout
+    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
+    assert_same_end(killed, whole)
+    assert_same_losses(killed, whole)
 
 
 def test_the_page_shows_the_whole_script() -> None:

@@ -18,6 +18,7 @@ from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry
 from orthoserde.reports import LoadReport
 from orthoserde.restore import Legacy, build_model, restore
+from orthoserde.storage.given import path_of
 from orthoserde.training import Targets
 from orthoserde.traps import warn_of_traps
 
@@ -87,12 +88,13 @@ def load(
         debug: As for :func:`save`; residuals are those before and after the load.
 
     Returns:
-        What was loaded; unpacks as ``missing_keys, unexpected_keys``.
+        What was loaded and how faithfully, ``report.fidelity``; ``print`` shows it, and it unpacks as ``missing_keys,
+        unexpected_keys``.
 
     Raises:
         IncompatibleModelError: The file does not fit the model, or the training state what it is to be loaded into;
             everything that is wrong is listed.
-        TypeError: ``model`` is no module, ``optimizer`` no optimizer, or ``state`` no mapping.
+        TypeError: ``model`` is no module, ``path`` no path, ``optimizer`` no optimizer, or ``state`` no mapping.
         CheckpointNotFoundError: There is no such file.
         FileAccessError: The system refuses to open or read it.
         FileFormatError: Not a safetensors file, a newer format (``FormatVersionError``), or damaged
@@ -111,12 +113,13 @@ def load(
         (<Fidelity.EXACT: 3>, 7)
         >>> missing_keys, unexpected_keys = report
     """
+    name = path_of(path)
     registry = in_process(registry)
     extended = with_neighbours(registry, model)
     sink = sink_of(debug)
     watch = None if sink is None else Watch("load", model, extended)
     training = Targets.of(optimizer, state, rng, reset)
-    checkpoint, known = _open(path, model, registry, extended, legacy)
+    checkpoint, known = _open(name, model, registry, extended, legacy)
     with checkpoint:
         report = restore(
             checkpoint,
@@ -175,7 +178,7 @@ def build(
         ...     orthoserde.build(f"{folder}/net.safetensors").layer.in_features
         3
     """
-    with _read(path) as checkpoint:
+    with _read(path_of(path)) as checkpoint:
         registry = in_process(registry)
         if any(record.kind in _LOREFT for record in checkpoint.manifest.modules):
             # A module of our own, by a name that stands here: no file can have anything else imported.
@@ -186,7 +189,7 @@ def build(
 
 
 def _open(
-    path: str | os.PathLike[str], model: nn.Module, registry: Registry, extended: Registry, legacy: Legacy
+    path: str, model: nn.Module, registry: Registry, extended: Registry, legacy: Legacy
 ) -> tuple[Checkpoint, Registry]:
     """The checkpoint at a path, and the registry by which its modules are to be compared."""
     is_folder = os.path.isdir(path)
@@ -201,11 +204,11 @@ def _open(
     return checkpoint, registry if is_theirs else extended
 
 
-def _read(path: str | os.PathLike[str]) -> Checkpoint:
+def _read(path: str) -> Checkpoint:
     """The checkpoint at a path, for whoever has no model; without one, a folder of pyreft's means little."""
     if os.path.isdir(path):
         from orthoserde.integrations import pyreft  # noqa: PLC0415
 
         if pyreft.is_folder(path):
-            raise FileFormatError(f"{os.fsdecode(path)}: a folder of pyreft's; only load reads it, into a ReftModel")
+            raise FileFormatError(f"{path}: a folder of pyreft's; only load reads it, into a ReftModel")
     return storage.read(path)

@@ -21,6 +21,7 @@ from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
+from orthoserde.storage.given import target_of
 from orthoserde.training import with_training
 from orthoserde.transforms import compact, compact_all, untried
 from orthoserde.traps import warn_of_traps
@@ -108,7 +109,7 @@ def save(
             optimizer holds parameters that the model does not have, or training state is of other types; or
             ``max_shard_size`` is not a size.
         MissingPackageError: ``max_shard_size`` was given, and huggingface_hub is not installed.
-        TypeError: ``model`` is no module, ``optimizer`` no optimizer, or ``state`` no mapping.
+        TypeError: ``model`` is no module, ``path`` no path, ``optimizer`` no optimizer, or ``state`` no mapping.
         FileAccessError: The system refused something, or a checkpoint of another library stands in the folder; the
             previous file is untouched, unless the message says that the new one is saved.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
@@ -125,6 +126,7 @@ def save(
         >>> torch.equal(model.weight, other.weight)
         True
     """
+    name = target_of(path)
     prepared = prepare(
         model,
         optimizer=optimizer,
@@ -138,7 +140,7 @@ def save(
         debug=debug,
     )
     warn_of_traps(model, optimizer)
-    return prepared.write(path, max_shard_size)
+    return prepared.write(name, max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -155,14 +157,14 @@ class Prepared:
     measured: Callable[[], None]
     untried: tuple[str, ...] = ()
 
-    def write(self, path: str | os.PathLike[str], max_shard_size: int | str | None = None) -> SaveReport:
+    def write(self, path: str, max_shard_size: int | str | None = None) -> SaveReport:
         """Write it to a file or a folder, and say what was saved; raises as :func:`save` does."""
         with self.checkpoint as checkpoint:
             if max_shard_size is None:
                 file_bytes = storage.write(checkpoint, path)
             else:
                 file_bytes = storage.write_shards(checkpoint, path, max_shard_size)
-            report = _save_report(checkpoint.manifest, os.fsdecode(path), file_bytes, self.untried)
+            report = _save_report(checkpoint.manifest, path, file_bytes, self.untried)
         self.measured()
         return report
 

@@ -101,6 +101,7 @@ def of_verification(report: VerifyReport) -> Object:
         "damaged": report.damaged,
         "residuals": dict(report.residuals),
         "off_constraint": report.off_constraint,
+        "causes": dict(report.causes),
         "misfits": dict(report.misfits),
         "not_measured": dict(report.not_measured),
     }

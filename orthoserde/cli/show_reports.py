@@ -27,6 +27,7 @@ def show_verification(report: VerifyReport, width: int, *, everything: bool) -> 
             head,
             listed("damaged tensors", report.damaged, width, "red"),
             show_residuals(report, width, everything=everything),
+            reasons("off its constraint", report.causes, width),
             reasons("does not fit its configuration", report.misfits, width),
             reasons("not measured", report.not_measured, width),
         ]

@@ -23,7 +23,7 @@ from orthoserde.folder.record import Mode, Record
 from orthoserde.metrics import Sink
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
-from orthoserde.storage.given import check_given
+from orthoserde.storage.given import target_of
 from orthoserde.traps import warn_of_traps
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ class Checkpoints:
         mode: Mode = "min",
         prefix: str = "step",
     ) -> None:
-        check_given(os.fsdecode(folder))
-        self._files = Files(os.path.abspath(os.fsdecode(folder)), record.checked_prefix(prefix))
+        self._files = Files(os.path.abspath(target_of(folder, "folder")), record.checked_prefix(prefix))
         self._keep = record.checked_keep(keep)
         self._mode = record.checked_mode(mode)
         self._background: Background[SaveReport] = Background()

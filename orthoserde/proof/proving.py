@@ -18,6 +18,7 @@ from orthoserde.proof.functions import check_importable
 from orthoserde.proof.process import Run, run
 from orthoserde.proof.report import Difference, Grade, Proof
 from orthoserde.proof.settings import current, other_seed
+from orthoserde.storage.given import path_of
 
 Path: TypeAlias = "str | os.PathLike[str]"
 
@@ -102,9 +103,9 @@ def prove(
     check_importable(make, "make")
     check_importable(step, "step")
     held_to = _held_to(reference, steps)
-    if not os.path.isdir(path):
-        storage.read(path).close()
-    name = os.path.abspath(os.fsdecode(path))
+    name = os.path.abspath(path_of(path))
+    if not os.path.isdir(name):
+        storage.read(name).close()
     task = Task(name, steps, held_to.files, reference is None, other_seed(0), current())
     first = run(task, make, step)
     if reference is None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from orthoserde import _torch
+
 #: Attributes of ``torch.backends`` that decide how numbers are computed.
 _FLAGS = (
     "cudnn.enabled",
@@ -83,7 +85,7 @@ class Settings:
                 setattr(_flag(owner) if owner else torch.backends, attribute, value)
         torch.set_default_dtype(self.dtype)
         # Even setting the default again puts a mode on every call of torch.
-        if str(torch.get_default_device()) != self.device:
+        if str(_torch.default_device()) != self.device:
             torch.set_default_device(self.device)
 
     def described(self) -> dict[str, str]:
@@ -107,8 +109,17 @@ def current() -> Settings:
         flags={name: value for name in (*_FLAGS, *_PRECISIONS) if (value := _flag(name)) is not None},
         matmul_precision=_matmul_precision(),
         dtype=torch.get_default_dtype(),
-        device=str(torch.get_default_device()),
+        device=_default_device(),
     )
+
+
+def _default_device() -> str:
+    """The default device, with its index where the process uses one: a new process begins with the first of all."""
+    device = _torch.default_device()
+    index: int | None = device.index  # torch declares an int
+    if device.type == "cuda" and index is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        device = torch.device("cuda", torch.cuda.current_device())
+    return str(device)
 
 
 def _flag(name: str) -> Any:

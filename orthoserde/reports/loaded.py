@@ -17,7 +17,8 @@ class Fidelity(enum.IntEnum):
 
     ``EXACT``: the state is restored bit for bit, and the configuration was checked.
 
-    ``UNVERIFIED``: the state is restored bit for bit (or widened without loss); there was no configuration to check.
+    ``UNVERIFIED``: the state is restored bit for bit (or widened without loss); there was no configuration to check,
+    or keys were missing in a load with ``strict=False``.
 
     ``INFERENCE``: only the computed weight was there. Outputs are equal; training stays on the constraint, but starts
     afresh at that weight.

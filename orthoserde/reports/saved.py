@@ -68,6 +68,9 @@ class SaveReport:
         if self.opaque:
             lines.append(f"  not registered, so a load cannot check their configuration: {shorten(self.opaque)}")
         if self.unconfigured:
-            lines.append(f"  registered, but made with arguments that are not known: {shorten(self.unconfigured)}")
+            advice = "so that a load cannot check them, unless the class defines get_config and from_config"
+            lines.append(
+                f"  registered, but made with arguments that are not JSON, {advice}: {shorten(self.unconfigured)}"
+            )
         lines += [f"  needs orthoserde to load: {reason}" for reason in self.needs_orthoserde]
         return "\n".join(lines)

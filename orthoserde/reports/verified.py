@@ -22,6 +22,7 @@ class VerifyReport:
         residuals: Distance of each computed tensor from its constraint, by name, NaN where the tensor is not finite;
             None where its kind has no constraint to measure.
         off_constraint: Names of computed tensors that are farther from their constraint than rounding takes them.
+        causes: For each of these, why, as far as the file tells, and what to do.
         misfits: Names of parametrized tensors whose stored state is not one that their recorded configuration can have,
             with why.
         not_measured: Names of parametrized tensors that cannot be computed from the file alone, with why.
@@ -42,6 +43,7 @@ class VerifyReport:
     damaged: tuple[str, ...] = ()
     residuals: Mapping[str, float | None] = field(default_factory=dict)
     off_constraint: tuple[str, ...] = ()
+    causes: Mapping[str, str] = field(default_factory=dict)
     misfits: Mapping[str, str] = field(default_factory=dict)
     not_measured: Mapping[str, str] = field(default_factory=dict)
 
@@ -80,9 +82,11 @@ class VerifyReport:
             lines.append(f"  damaged: {shorten(self.damaged)}")
         if self.residuals:
             lines.append(f"  {self.constraints}")
-        if self.off_constraint:
-            lines.append(f"  off their constraint: {shorten(self.off_constraint)}")
-        for label, reasons in (("does not fit", self.misfits), ("not measured", self.not_measured)):
+        without_cause = [name for name in self.off_constraint if name not in self.causes]
+        if without_cause:
+            lines.append(f"  off their constraint: {shorten(without_cause)}")
+        off = ("off its constraint", self.causes)
+        for label, reasons in (off, ("does not fit", self.misfits), ("not measured", self.not_measured)):
             lines += [f"  {printable(name)}: {label}: {printable(why)}" for name, why in list(reasons.items())[:SHOWN]]
             if len(reasons) > SHOWN:
                 lines.append(f"  {label}: {len(reasons) - SHOWN} more")

@@ -13,9 +13,7 @@ from orthoserde import _torch, modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import (
     ConfigError,
-    IncompatibleModelError,
     LegacyCheckpointWarning,
-    Problem,
     TrainingTrapWarning,
 )
 from orthoserde.manifest.training import TrainingRecord
@@ -30,6 +28,7 @@ from orthoserde.restore.forms import in_forms_of
 from orthoserde.restore.legacy import Completed, Legacy, complete_checkpoint
 from orthoserde.restore.plan import Outcome, Plan
 from orthoserde.restore.planner import make_plan
+from orthoserde.restore.refusal import Refusal
 from orthoserde.training import NOTHING, Targets, plan_training
 from orthoserde.transforms import expand
 from orthoserde.walk import ParametrizedTensor, take_inventory
@@ -75,20 +74,21 @@ def restore(
             device=where,
             computed={name: weight.action for name, weight in completed.weights.items()},
         )
+        refuse = Refusal(checkpoint, model, strict, differs=bool(plan.problems))
         plan.problems[:0] = [*forms.problems, *baked.problems, *completed.problems]
         forms.note(plan)
         baked.note(plan, inventory.slots)
         afresh = [outcome.name for outcome in plan.outcomes if outcome.fidelity is Fidelity.INFERENCE]
         wanted = plan_training(forms.checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
         plan.problems += wanted.problems
-        _refuse(checkpoint, model, plan, strict)
+        refuse.if_needed(plan)
         if verify:
             check_digests(checkpoint)
         check_bases(completed.checkpoint, plan)
-        _refuse(checkpoint, model, plan, strict)
+        refuse.if_needed(plan)
         check_ties(completed.checkpoint, plan)
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
-        _refuse(checkpoint, model, plan, strict)
+        refuse.if_needed(plan)
         _warn(checkpoint, completed, plan)
         baked.warn()
         wanted.read(checkpoint, verify=verify)
@@ -236,43 +236,6 @@ def _warn(checkpoint: Checkpoint, completed: Completed, plan: Plan) -> None:
             LegacyCheckpointWarning,
             stacklevel=4,
         )
-
-
-def _refuse(checkpoint: Checkpoint, model: nn.Module, plan: Plan, strict: bool) -> None:
-    problems = list(plan.problems)
-    if strict:
-        problems += [Problem(key, "missing", "in the model, not in the file") for key in plan.missing]
-        problems += [Problem(key, "unexpected", "in the file, not in the model") for key in plan.unexpected]
-    if problems:
-        hint = (_prefix_hint(plan.missing, plan.unexpected) if strict else "") or _kind_hint(checkpoint, plan)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        name = _torch.class_before_parametrizations(_torch.unwrap(model)).__qualname__
-        raise IncompatibleModelError(
-            f"{checkpoint.origin} does not fit {name}, nothing was loaded; {hint}{count}:", problems
-        )
-
-
-def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
-    """Say so if the keys of one side are those of the other behind a prefix, as after saving a wrapped model."""
-    for longer, shorter, side in ((unexpected, missing, "file"), (missing, unexpected, "model")):
-        prefix = f"{longer[0].partition('.')[0]}." if longer else ""
-        if shorter and {key.removeprefix(prefix) for key in longer} == set(shorter) != set(longer):
-            return f"all keys of the {side} begin with {prefix!r} and the others do not: load into that part; "
-    return ""
-
-
-def _kind_hint(checkpoint: Checkpoint, plan: Plan) -> str:
-    """Say what the file is of, if nothing in it is anything of the model's."""
-    manifest = checkpoint.manifest
-    outermost = min(manifest.modules, key=lambda record: record.path.count(".") + bool(record.path), default=None)
-    if outermost is None or not set(manifest.tensors) <= {*plan.unexpected, *manifest.computed}:
-        return ""
-    here = [path for path, kind in plan.kinds.items() if kind == outermost.kind]
-    if not here:
-        return f"it holds a {outermost.kind}, and the model none: make the model as it was when it was saved; "
-    place = "is the model itself" if here[0] == "" else f"is at {here[0]!r}, so load into that part"
-    theirs = outermost.path or "the root"
-    return f"it holds a {outermost.kind} at {theirs!r}; that of the model {place}; "
 
 
 def _report(outcome: Outcome, registry: Registry) -> TensorReport:

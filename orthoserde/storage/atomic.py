@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from orthoserde.errors import CommitUncertainError, FileAccessError
-from orthoserde.storage.given import check_given
+from orthoserde.storage.given import target_of
 from orthoserde.storage.leftovers import remove_leftovers_of, temporary_name, try_lock
 
 
@@ -41,8 +41,7 @@ def replacing(
         FileAccessError: The system refused something; the previous file is untouched and no temporary file is left.
         CommitUncertainError: The new file is in place, but the folder could not be forced to the disk.
     """
-    name = os.fsdecode(path)
-    check_given(name)
+    name = target_of(path)
     replaced: int | None = None
     try:
         name = os.path.realpath(name)
@@ -51,7 +50,10 @@ def replacing(
         remove_leftovers_of(name)  # first, for they may be what fills the disk
         temporary, descriptor = create_temporary(name)
     except OSError as error:
-        raise refused(error, f"cannot create the {what}", name, previous=replaced is not None) from error
+        folder = os.path.dirname(name)
+        unmade = isinstance(error, FileNotFoundError) and not os.path.isdir(folder)
+        cannot = f"cannot create the {what}" + (f", for there is no folder {folder}; make it first" if unmade else "")
+        raise refused(error, cannot, name, previous=replaced is not None) from error
     except ValueError as error:  # a NUL in the path
         raise FileAccessError(errno.EINVAL, str(error), name) from error
     try:

@@ -156,7 +156,7 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> Header:
     if position != data_bytes:
         raise DamagedFileError(
             f"{where}: the header describes {position} bytes of tensors, the file holds {data_bytes}: "
-            "truncated or damaged"
+            "truncated or damaged; use another copy of the file"
         )
     return Header(ordered, {key: str(item) for key, item in metadata.items()})
 

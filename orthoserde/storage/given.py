@@ -1,17 +1,39 @@
-"""A path to write to has to be given."""
+"""Paths as they were given: they have to be paths, and one to write to has to be given."""
 
 from __future__ import annotations
 
 import errno
+import os
 
 from orthoserde.errors import FileAccessError
 
 
-def check_given(path: str) -> None:
-    """Refuse an empty path: to Python it is the folder where the process is, and to a load it is nothing.
+def path_of(path: object, what: str = "path") -> str:
+    """The text of a path.
+
+    Args:
+        path: What was given.
+        what: The argument, for messages.
 
     Raises:
+        TypeError: It is no path.
+    """
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        hint = "; Checkpoints.latest() and best are None where a folder has no checkpoint yet" if path is None else ""
+        raise TypeError(f"{what}: expected a str or an os.PathLike, got {type(path).__name__}{hint}")
+    return os.fsdecode(path)
+
+
+def target_of(path: object, what: str = "path") -> str:
+    """The text of a path to write to, which is not empty: to Python that is the folder where the process is.
+
+    Raises:
+        TypeError: It is no path.
         FileAccessError: It is empty.
     """
-    if not path:
+    if path is None:
+        raise TypeError(f"{what}: expected a str or an os.PathLike, got NoneType")
+    name = path_of(path, what)
+    if not name:
         raise FileAccessError(errno.ENOENT, "expected a path, got an empty one", "")
+    return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.storage.given import path_of
 from orthoserde.storage.reader import read_file
 from orthoserde.storage.shards import is_index_name, read_folder, read_index
 
@@ -19,11 +20,12 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         A checkpoint that owns what files it has open; close it, or use it as a context manager.
 
     Raises:
+        TypeError: It is no path.
         CheckpointNotFoundError: There is nothing at that path.
         FileAccessError: The system refuses to open or read something.
         FileFormatError: It is none of these, or it is damaged.
     """
-    name = os.fsdecode(path)
+    name = path_of(path)
     if os.path.isdir(name):
         return read_folder(name)
     return read_index(name) if is_index_name(name) else read_file(name)

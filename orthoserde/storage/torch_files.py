@@ -165,15 +165,15 @@ def _storages(tensors: Mapping[str, Tensor]) -> list[torch.UntypedStorage]:
 
 def _checked(content: object, name: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
-        raise FileFormatError(f"{name}: expected a state dict, got a {type(content).__name__}")
+        raise FileFormatError(f"{name}: expected a state dict, got {type(content).__name__}")
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
         if not isinstance(key, str):
-            raise FileFormatError(f"{name}: expected keys that are strings, got a {type(key).__name__}")
+            raise FileFormatError(f"{name}: expected keys that are strings, got {type(key).__name__}")
         if not isinstance(value, Tensor):
             raise FileFormatError(
-                f"{name}: expected a flat state dict of tensors, got a {type(value).__name__} under {key[:64]!r}; "
-                f"if that is the state dict, save it by itself: torch.save(content[{key[:64]!r}], ...)"
+                f"{name}: expected a flat state dict of tensors, got {type(value).__name__} under {key[:64]!r}; "
+                f"if that is the state dict, save it by itself: torch.save(torch.load(path)[{key[:64]!r}], other_path)"
             )
         tensors[key] = _ordinary(value, key, name)
     return tensors

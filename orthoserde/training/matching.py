@@ -18,7 +18,7 @@ from orthoserde.tensor_bytes import DTYPES
 from orthoserde.training.entries import is_of_torch, odd_entry, spans_parameters
 from orthoserde.training.optimizers import numbered, options_of, place_of
 from orthoserde.training.undo import Undo
-from orthoserde.wording import shorten
+from orthoserde.wording import counted, shorten
 
 ALL = "all"
 
@@ -187,7 +187,7 @@ def match_optimizer(
 
     theirs, ours = qualname_of(record.class_name), type(optimizer).__qualname__
     if theirs != ours:
-        mismatch(f"{theirs} in the file, {ours} here")
+        mismatch(f"{theirs} in the file, {ours} here; make the optimizer as it was saved")
     state_dict = cast("Mapping[str, Any]", optimizer.state_dict())
     theirs_all = {name for group in record.groups for name in group.parameters}
     paired, own_groups = _paired(optimizer, state_dict, theirs_all, wanted, mismatch)
@@ -277,7 +277,10 @@ def _matched_groups(
             found.append(None)  # it keeps its own options
         elif not left:
             if names:
-                mismatch(f"group {i} has other parameters than any group in the file; group them as they were saved")
+                mismatch(
+                    f"group {i} has other parameters than any group in the file ({counted(len(own), 'group')} here, "
+                    f"{len(theirs)} in the file); group them as they were saved"
+                )
             found.append(None)
         else:
             # Only groups without parameters can be alike; then the place decides.

@@ -63,6 +63,20 @@ def snapshot_of(value: Any) -> Undo:
     return undo
 
 
+def checked_names(state: object) -> Mapping[str, object]:
+    """The user's own state, as it was given, which has to be a mapping from names.
+
+    Raises:
+        TypeError: It is none; the error says what it is.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a mapping of names to objects and values, got {type(state).__name__}")
+    for name in state:
+        if not isinstance(name, str):
+            raise TypeError(f"state: expected names that are strings, got {name!r}, of type {type(name).__name__}")
+    return state
+
+
 def records_of(state: Mapping[str, object], sources: Sources) -> dict[str, StateRecord]:
     """Describe the user's own state.
 
@@ -74,9 +88,7 @@ def records_of(state: Mapping[str, object], sources: Sources) -> dict[str, State
         TypeError: It is no mapping of strings.
         ConfigError: Something in it is no tree; the error says where.
     """
-    given: object = state
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise TypeError("state: expected a mapping of names to objects and values")
+    checked_names(state)
     records: dict[str, StateRecord] = {}
     for name, value in state.items():
         check_text(name, f"state.{name!r}")

@@ -25,7 +25,7 @@ from orthoserde.manifest.trees import decode_tree
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.training import rng as generators
 from orthoserde.training.matching import OptimizerPlan, Wanted, match_optimizer
-from orthoserde.training.objects import is_object, misplaced, set_state, snapshot_of
+from orthoserde.training.objects import checked_names, is_object, misplaced, set_state, snapshot_of
 from orthoserde.training.optimizers import labelled, place_of
 from orthoserde.training.rng import States
 from orthoserde.training.undo import Undo, undo_all
@@ -54,15 +54,14 @@ class Targets:
         Raises:
             TypeError: Something is no optimizer, or ``state`` no mapping of strings, or ``reset`` no strings.
         """
-        if state is not None and not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
-            raise TypeError("state: expected a mapping of names to objects and values")
-        if state is not None and not isinstance(state, MutableMapping) and not all(map(is_object, state.values())):
-            raise TypeError("state: expected a dict, into which plain values can be put")
+        named = {} if state is None else checked_names(state)
+        if state is not None and not isinstance(state, MutableMapping) and not all(map(is_object, named.values())):
+            raise TypeError(f"state: expected a dict, into which plain values can be put, got {type(state).__name__}")
         given: object = reset
         names = (reset,) if isinstance(reset, str) else tuple(reset) if isinstance(given, Iterable) else (given,)
         if not all(isinstance(name, str) for name in names):
-            raise TypeError("reset: expected names of tensors, or 'all'")
-        return cls(labelled(optimizer), cast("Mapping[str, object]", state or {}), rng, cast("tuple[str, ...]", names))
+            raise TypeError(f"reset: expected names of tensors, or 'all', got {reset!r:.200}")
+        return cls(labelled(optimizer), named, rng, cast("tuple[str, ...]", names))
 
 
 NOTHING = Targets({}, {}, False, ())
@@ -237,12 +236,15 @@ def _odd_state(record: TrainingRecord, name: str, target: object) -> str:
     if misplaced(target):
         return misplaced(target)
     if name not in record.state:
-        return f"the file holds none of this name; it has {', '.join(record.state) or 'no state of yours'}"
+        return (
+            f"the file holds none of this name; it has {', '.join(record.state) or 'no state of yours'}; leave it out"
+        )
     stored = record.state[name].class_name
     if stored is None and is_object(target):
-        return f"a plain value in the file, a {type(target).__qualname__} here"
+        return f"a plain value in the file, a {type(target).__qualname__} here; give a place for a value"
     if stored is not None and not is_object(target):
         return f"the state of a {qualname_of(stored)} in the file; give the object to load it into"
     if stored is not None and qualname_of(stored) != type(target).__qualname__:
-        return f"the state of a {qualname_of(stored)} in the file, a {type(target).__qualname__} here"
+        here = f"a {type(target).__qualname__} here; give an object of the same class"
+        return f"the state of a {qualname_of(stored)} in the file, {here}"
     return ""

@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 import orthoserde
-from orthoserde import Fidelity, Grade, testing
+from orthoserde import Fidelity, Grade, _torch, testing
 from orthoserde.proof import proving
+from orthoserde.proof.settings import current
 from tests.helpers import assert_unchanged, snapshot, surroundings
 from tests.proof import cases
 from tests.proof.here import run_here
@@ -175,6 +177,26 @@ def test_settings_are_those_of_this_process_and_threads_that_differ_are_within_r
     # One file is what is left after all steps.
     assert (proof.first.step, proof.first.name, proof.first.within, proof.differences) == (2, "sums", True, 1)
     assert proof.losses == pytest.approx((loss, loss), rel=1e-5)
+
+
+def test_a_default_device_is_handed_over_without_being_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not be there, and a tensor on it would begin a context."""
+
+    def allocated() -> NoReturn:
+        raise AssertionError("CUDA was asked for")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", allocated)
+    try:
+        for device in ("cuda", "cuda:1"):
+            torch.set_default_device(device)
+            handed_over = current()
+            assert handed_over.device == device
+            handed_over.apply()
+            torch.set_default_device("cpu")
+            handed_over.apply()
+            assert _torch.default_device() == torch.device(device)
+    finally:
+        torch.set_default_device(None)
 
 
 @pytest.mark.usefixtures("here")

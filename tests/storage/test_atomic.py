@@ -349,7 +349,7 @@ def test_where_there_was_no_file_none_is_spoken_of(tmp_path: Path) -> None:
     ):
         raise OSError(errno.EIO, "gone")
     assert "previous file" not in str(caught.value)
-    with pytest.raises(FileAccessError, match="cannot create the picture: ") as caught:
+    with pytest.raises(FileAccessError, match="cannot create the picture, for there is no folder ") as caught:
         replacing(tmp_path / "none" / "new", what="picture").__enter__()
     assert "previous file" not in str(caught.value)
 

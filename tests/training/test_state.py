@@ -226,7 +226,12 @@ def test_everything_that_does_not_match_is_listed(tmp_path: Path) -> None:
     part = Adam(model[0].parameters())
     refused(tmp_path / "m", model, r"not in this one: 1\.bias, 1\.weight", optimizer=part)
     groups = Adam([{"params": model[0].parameters()}, {"params": model[1].parameters()}])
-    refused(tmp_path / "m", model, "group 0 has other parameters than any group in the file", optimizer=groups)
+    refused(
+        tmp_path / "m",
+        model,
+        r"group 0 has other parameters than any group in the file \(2 groups here, 1 in the file\)",
+        optimizer=groups,
+    )
     orthoserde.save(model, tmp_path / "none")
     refused(tmp_path / "none", model, "holds no optimizer; save it with optimizer=", optimizer=Adam(model.parameters()))
     refused(tmp_path / "none", model, "no states of random generators", rng=True)
@@ -567,6 +572,13 @@ def test_arguments_of_other_types_are_type_errors(tmp_path: Path) -> None:
         for arguments in ({"optimizer": model}, {"optimizer": {1: SGD(model.parameters(), lr=1.0)}}, {"state": [1]}):
             with pytest.raises(TypeError):
                 action(model, tmp_path / "m", **arguments)
+        odd: list[tuple[Any, str]] = [
+            ([1], "state: expected a mapping of names to objects and values, got list"),
+            ({3: 1}, "state: expected names that are strings, got 3, of type int"),
+        ]
+        for state, text in odd:
+            with pytest.raises(TypeError, match=text):
+                action(model, tmp_path / "m", state=state)
 
 
 @pytest.mark.parametrize("reset", [3, None, True, ["0.weight", 3]], ids=str)

@@ -36,7 +36,7 @@ from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
-from orthoserde.storage.given import check_given
+from orthoserde.storage.given import target_of
 from orthoserde.transforms import expand
 from orthoserde.walk import module_types, take_inventory
 
@@ -80,8 +80,7 @@ def write(
     """
     if form not in get_args(Form):
         raise ConfigError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
-    check_given(os.fsdecode(folder))
-    target = os.path.realpath(os.fsdecode(folder))
+    target = os.path.realpath(target_of(folder, "folder"))
     if isinstance(path_or_model, nn.Module):
         # What pyreft has to know of a class is not what its author may have registered of it.
         registry = extend(Registry(), module_types(path_or_model))

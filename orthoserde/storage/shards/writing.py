@@ -14,7 +14,7 @@ from orthoserde.errors import CommitUncertainError, FileAccessError, FileFormatE
 from orthoserde.manifest import TensorRecord
 from orthoserde.storage.atomic import create_temporary, refused, replacing, set_mode, sync_folder
 from orthoserde.storage.format import digest_in, envelope, in_storage_order, shard_header
-from orthoserde.storage.given import check_given
+from orthoserde.storage.given import target_of
 from orthoserde.storage.open_file import open_file
 from orthoserde.storage.shards.index import encode_index
 from orthoserde.storage.shards.names import INDEX, SINGLE, shard_names
@@ -60,8 +60,7 @@ def write_shards(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_sha
     """
     check_writable(checkpoint)
     groups = [in_storage_order(group) for group in split(checkpoint.manifest.tensors, byte_limit(max_shard_size))]
-    check_given(os.fsdecode(folder))
-    place = os.path.abspath(os.fsdecode(folder))
+    place = os.path.abspath(target_of(folder))
     with _made(place):
         standing = Standing.of(place)
         if len(groups) < 2:

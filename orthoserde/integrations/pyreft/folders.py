@@ -62,6 +62,7 @@ from orthoserde.manifest import (
     check_references,
     join,
 )
+from orthoserde.orthonormal.probe import adjoint_times, times
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
 from orthoserde.restore import Legacy
@@ -315,12 +316,11 @@ class _Reader:
 
 def _probe(base: Tensor) -> float:
     """Root mean square of ``B^T B V - V`` over a few vectors V of ones with different signs."""
-    wide = base.to(torch.float64)
     rows = torch.arange(base.size(0), dtype=torch.int64)[:, None]
     columns = torch.arange(1, PROBES + 1, dtype=torch.int64)[None, :]
     bits = (((rows + 1) * 2654435761 + rows * rows * columns * 40503) >> 13) & 1
     vectors = (2 * bits - 1).to(torch.float64)
-    return float((wide.mT @ (wide @ vectors) - vectors).square().mean().sqrt())
+    return float((adjoint_times(base, times(base, vectors)) - vectors).square().mean().sqrt())
 
 
 def _has_file(module: nn.Module) -> bool:

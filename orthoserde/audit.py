@@ -24,8 +24,10 @@ from orthoserde.wording import one_line
 
 _ORTHOGONAL = OrthogonalCodec()
 
-#: What to do with a weight that cannot be mended by hand.
-_RELOAD = "use a checkpoint from before, or convert this one to baked, and load that with legacy='project'"
+_NOT_FINITE = "it is not finite, or was computed from what is not; use a checkpoint from before"
+
+#: A cast to bfloat16 takes the entries of ``Q^H Q - I`` to some 0.002; a base that is farther may have lost its rank.
+_ROUNDED = 0.01
 
 
 def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[str] = ()) -> VerifyReport:
@@ -79,9 +81,14 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
                 not_measured[key] = f"{manifest.tensors[key].dtype} is too coarse to be held to a constraint"
                 continue
             weight = checkpoint.tensor(key)
-            residuals[key] = _ORTHOGONAL.residual(weight)
+            residual = _ORTHOGONAL.residual(weight)
+            residuals[key] = residual
             if not _ORTHOGONAL.admits(weight, {}):
-                off_constraint[key] = _RELOAD
+                off_constraint[key] = (
+                    _NOT_FINITE
+                    if residual is not None and math.isnan(residual)
+                    else "its columns are not orthonormal; load the folder with legacy='project', or one from before"
+                )
     return VerifyReport(
         path=checkpoint.origin,
         has_configuration=manifest.has_configuration,
@@ -99,21 +106,23 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
 def _cause(record: ParametrizedRecord, checkpoint: Checkpoint, residual: float | None) -> str:
     """Why a computed tensor is off its constraint, as far as the file tells, and what to do."""
     if residual is not None and math.isnan(residual):
-        return "it is not finite, or was computed from what is not; use a checkpoint from before"
+        return _NOT_FINITE
     first = record.chain[0]
-    householder = first.kind in (ORTHOGONAL, STRUCTURED) and (first.config or {}).get("orthogonal_map") == "householder"
-    moved = (
-        moved_diagonal(checkpoint.tensor(record.original_key(next(iter(record.originals))))) if householder else None
-    )
-    if moved is not None:
-        return (
-            f"{moved}, which torch reads as integers, as after weight decay; load it, write the signs of the diagonal "
-            "back, and give its original weight_decay=0"
-        )
+    if first.kind in (ORTHOGONAL, STRUCTURED) and (first.config or {}).get("orthogonal_map") == "householder":
+        moved = moved_diagonal(checkpoint.tensor(record.original_key(next(iter(record.originals)))))
+        if moved is not None and moved.wrong:
+            advice = "load it, write the signs of the diagonal back, and give its original weight_decay=0"
+            if moved.lost:
+                advice = "use a checkpoint from before, for signs are lost, and give its original weight_decay=0"
+            return f"{moved}, which torch reads as integers, as after weight decay; {advice}"
     far = _base_error(record, checkpoint)
-    if far is not None:
-        return f"its base is off orthogonality by {far:.2g}, as a cast to half precision leaves it; {_RELOAD}"
-    return f"its state does not come to a weight on the constraint; {_RELOAD}"
+    if far is None:
+        return "its state does not come to a weight on the constraint; use a checkpoint from before"
+    found, otherwise = f"its base is off orthogonality by {far:.2g}", ""
+    if far <= _ROUNDED and len(record.chain) == 1:
+        found += ", as a cast to half precision leaves it"
+        otherwise = ", or convert this one to baked, and load that with legacy='project'"
+    return f"{found}; use a checkpoint from before{otherwise}"
 
 
 def _base_error(record: ParametrizedRecord, checkpoint: Checkpoint) -> float | None:

@@ -326,7 +326,34 @@ class TestOffTheConstraint:
         assert report.off_constraint == tuple(report.causes) == ("1.weight",)
         columns = min(model.get_parameter("1.parametrizations.weight.original").shape)
         found = f"{columns} of {columns} diagonal entries of its original are not +-1 (-0.999000013)"
-        assert f"1.weight: off its constraint: {found}" in str(report)
+        assert report.causes["1.weight"].startswith(found)
+
+    def test_what_is_read_right_is_not_blamed(self, tmp_path: Path) -> None:
+        """Torch reads 1.0001 as 1: here the base alone is to blame."""
+        layer = orthogonal(nn.Linear(6, 4), orthogonal_map="householder")
+        layer.get_parameter("parametrizations.weight.original").detach().mul_(1.0001)
+        base = layer.get_buffer("parametrizations.weight.0.base")
+        base.copy_(base.bfloat16())
+        orthoserde.save(layer, tmp_path / "m")
+        assert orthoserde.verify(tmp_path / "m").causes["weight"].startswith("its base is off orthogonality by ")
+
+    @pytest.mark.parametrize("value", [0.0, math.nan])
+    def test_signs_that_are_lost_are_not_to_be_written_back(self, tmp_path: Path, value: float) -> None:
+        layer = orthogonal(nn.Linear(6, 4), orthogonal_map="householder")
+        diagonal = layer.get_parameter("parametrizations.weight.original").detach().diagonal()
+        diagonal[:2] = torch.tensor([1.5, value])
+        with pytest.warns(orthoserde.TrainingTrapWarning):
+            orthoserde.save(layer, tmp_path / "m")
+        (cause,) = orthoserde.verify(tmp_path / "m").causes.values()
+        assert cause.startswith(f"2 of 4 diagonal entries of its original are not +-1 ({value:g})")
+        assert "use a checkpoint from before, for signs are lost" in cause
+
+    def test_a_base_that_is_far_off_is_not_to_be_projected(self, tmp_path: Path) -> None:
+        layer = orthogonal(nn.Linear(6, 4))
+        layer.get_buffer("parametrizations.weight.0.base").zero_()
+        orthoserde.save(layer, tmp_path / "m")
+        (cause,) = orthoserde.verify(tmp_path / "m").causes.values()
+        assert cause == "its base is off orthogonality by 0.41; use a checkpoint from before"
 
     @pytest.mark.parametrize("cause", ["base", "diagonal"])
     def test_what_a_cause_advises_helps(self, tmp_path: Path, cause: str) -> None:
@@ -393,7 +420,8 @@ class TestClassesOfTheUser:
         report = verified_halves(tmp_path / "a", HalvedCodec())
         assert report.residuals == {"weight": 2.0}
         assert report.off_constraint == ("weight",)
-        assert report.causes["weight"].startswith("its state does not come to a weight on the constraint; use a ")
+        expected = "its state does not come to a weight on the constraint; use a checkpoint from before"
+        assert report.causes == {"weight": expected}
 
     def test_what_follows_it_in_a_chain_is_measured(self, tmp_path: Path) -> None:
         report = verified_halves(tmp_path / "a", HalvedCodec(), then_orthogonal=True)
@@ -610,20 +638,21 @@ class TestReports:
             digests=True,
             tensors=30,
             damaged=tuple(f"layers.{i}.bias" for i in range(7)),
-            residuals={"a.weight": 0.25, "b.weight": 1e-7, "c.weight": None},
-            off_constraint=("a.weight",),
-            causes={"a.weight": "its base is\x1b[2Jodd"},
+            residuals={"a.weight": 0.25, "b.weight": 1e-7, "c.weight": None, "f.weight": 0.1},
+            off_constraint=("a.weight", "f.weight"),
+            causes=dict.fromkeys(("a.weight", "f.weight"), "its base is\x1b[2Jodd"),
             misfits={"d.weight": "its base is\nodd"},
             not_measured={join("e", str(i)): "unknown" for i in range(25)},
         )
         assert not report.ok
         lines = str(report).splitlines()
-        assert lines[:7] == [
+        assert lines[:8] == [
             r"verified model\x1b[31m.safetensors: NOT OK",
             "  23 of 30 tensors match their digests",
             "  damaged: layers.0.bias, layers.1.bias, layers.2.bias, layers.3.bias, layers.4.bias and 2 more",
-            "  1 of 2 measured tensors are on their constraint, largest residual 0.25",
-            r"  a.weight: off its constraint: its base is\x1b[2Jodd",
+            "  1 of 3 measured tensors are on their constraint, largest residual 0.25",
+            "  off their constraint: a.weight, f.weight",
+            r"    its base is\x1b[2Jodd",
             r"  d.weight: does not fit: its base is\nodd",
             "  e.0: not measured: unknown",
         ]

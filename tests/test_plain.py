@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
+from torch.optim.swa_utils import AveragedModel
 
 import orthoserde
 from orthoserde import Fidelity, IncompatibleModelError
@@ -189,7 +191,7 @@ def test_a_prefix_on_one_side_is_pointed_out(tmp_path: Path, wrapped: str) -> No
     plain, inner = nn.Linear(2, 2), nn.ModuleDict({"module": nn.Linear(2, 2)})
     model, target = (inner, plain) if wrapped == "file" else (plain, inner)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "m")
-    with pytest.raises(IncompatibleModelError, match=rf"all keys of the {wrapped} begin with 'module\.'"):
+    with pytest.raises(IncompatibleModelError, match=rf"all keys of the {wrapped} begin with 'module\.': load into "):
         orthoserde.load(target, tmp_path / "m")
 
 
@@ -217,13 +219,77 @@ def test_a_refusal_says_what_to_do(tmp_path: Path) -> None:
 
     as_saved = "make the model as it was when it was saved"
     shorter, wider = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    assert advice(shorter) == f"{as_saved}, or let strict=False leave out keys of one side; 2 problems:"
-    assert advice(wider) == f"{as_saved}; 3 problems:"
-    assert advice(wider, strict=False) == f"{as_saved}; 3 problems:"
-    # A remedy for the model would be none where the training state does not fit.
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    longer, other = nn.Sequential(*model, nn.Linear(2, 2)), nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    leaves_out = f"{as_saved}, or let strict=False leave out what only the"
+    assert advice(shorter) == f"{leaves_out} file has; 2 problems:"
+    assert advice(longer) == f"{leaves_out} model has; 2 problems:"
+    assert advice(wider) == advice(wider, strict=False) == f"{as_saved}; 3 problems:"
+    # Here strict=False would load nothing, or not do.
+    assert advice(other) == f"{as_saved}; 6 problems:"
+    assert advice(shorter, rng=True) == f"{as_saved}; 3 problems:"
+    # A remedy for the model would be none where the training state does not fit.
     assert advice(model, rng=True) == "1 problem:"
     assert orthoserde.load(shorter, path, strict=False).unexpected_keys == ["2.bias", "2.weight"]
+    assert orthoserde.load(longer, path, strict=False).missing_keys == ["3.weight", "3.bias"]
+
+
+def _is_loaded(target: nn.Module, path: Path, model: nn.Module) -> bool:
+    """Whether a load into something else brings the weight of the model back."""
+    weight = cast("Tensor", model.weight).clone()
+    with torch.no_grad():
+        model.get_parameter("parametrizations.weight.original").zero_()
+    orthoserde.load(target, path)
+    return torch.equal(weight, cast("Tensor", model.weight))
+
+
+@pytest.mark.parametrize("names", [["module"], ["_orig_mod"], ["module", "_orig_mod"], ["a", "0", "b"]], ids=".".join)
+@pytest.mark.parametrize("select", [None, lambda key, _: "weight" in key], ids=["all", "selection"])
+def test_keys_behind_a_prefix_are_loaded_as_the_refusal_says(tmp_path: Path, names: list[str], select: Any) -> None:
+    model = wrapped = orthogonal(nn.Linear(4, 2))
+    target = "model"
+    for name in reversed(names):
+        wrapped, target = nn.ModuleDict({name: wrapped}), f"nn.ModuleDict({{{name!r}: {target}}})"
+    orthoserde.save(wrapped, tmp_path / "m", select=select)
+    with pytest.raises(
+        IncompatibleModelError, match=re.escape(f" begin with {'.'.join([*names, ''])!r}: load into {target};")
+    ):
+        orthoserde.load(model, tmp_path / "m")
+    assert _is_loaded(eval(target, {"nn": nn, "model": model}), tmp_path / "m", model)  # noqa: S307
+
+
+def test_an_averaged_model_is_loaded_as_the_refusal_says(tmp_path: Path) -> None:
+    model = orthogonal(nn.Linear(4, 2))
+    orthoserde.save(AveragedModel(model), tmp_path / "m")
+    with pytest.raises(IncompatibleModelError, match=r"load into torch\.optim\.swa_utils\.AveragedModel\(model\);"):
+        orthoserde.load(model, tmp_path / "m")
+    averaged = AveragedModel(model)
+    assert _is_loaded(averaged, tmp_path / "m", averaged.module)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def test_where_a_prefix_is_not_all_there_is_no_prefix_is_spoken_of(tmp_path: Path) -> None:
+    linear, conv = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    registry = orthoserde.Registry()
+    registry.register("tests>Wrapper")(Wrapper)
+    cases: dict[str, tuple[nn.Module, nn.Module]] = {
+        "beside others": (Wrapper(head=linear, module=linear), Wrapper(head=linear, body=linear)),
+        "one key of several": (Wrapper(a=linear, enc=nn.LayerNorm(2)), Wrapper(a=linear, norm=nn.LayerNorm(2))),
+        "of something else": (Wrapper(module=linear), conv),
+        "a name that a ModuleDict has": (Wrapper(keys=linear), linear),
+        "a registered wrapper": (Wrapper(module=linear), linear),
+    }
+    for name, (saved, model) in cases.items():
+        orthoserde.save(saved, tmp_path / "m", registry=registry if "registered" in name else None)
+        with pytest.raises(IncompatibleModelError) as caught:
+            orthoserde.load(model, tmp_path / "m", registry=registry)
+        assert "begin with" not in str(caught.value), name
 
 
 def test_a_load_says_what_it_has_widened(tmp_path: Path) -> None:

@@ -103,9 +103,10 @@ def prove(
     check_importable(make, "make")
     check_importable(step, "step")
     held_to = _held_to(reference, steps)
-    name = os.path.abspath(path_of(path))
-    if not os.path.isdir(name):
-        storage.read(name).close()
+    given = path_of(path)
+    if not os.path.isdir(given):
+        storage.read(given).close()
+    name = os.path.abspath(given)
     task = Task(name, steps, held_to.files, reference is None, other_seed(0), current())
     first = run(task, make, step)
     if reference is None:

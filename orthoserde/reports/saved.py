@@ -68,9 +68,9 @@ class SaveReport:
         if self.opaque:
             lines.append(f"  not registered, so a load cannot check their configuration: {shorten(self.opaque)}")
         if self.unconfigured:
-            advice = "so that a load cannot check them, unless the class defines get_config and from_config"
+            reasons = "not JSON and without get_config, or made before the class was registered"
             lines.append(
-                f"  registered, but made with arguments that are not JSON, {advice}: {shorten(self.unconfigured)}"
+                f"  registered, but with arguments that are not known ({reasons}): {shorten(self.unconfigured)}"
             )
         lines += [f"  needs orthoserde to load: {reason}" for reason in self.needs_orthoserde]
         return "\n".join(lines)

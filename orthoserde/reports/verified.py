@@ -22,10 +22,10 @@ class VerifyReport:
         residuals: Distance of each computed tensor from its constraint, by name, NaN where the tensor is not finite;
             None where its kind has no constraint to measure.
         off_constraint: Names of computed tensors that are farther from their constraint than rounding takes them.
-        causes: For each of these, why, as far as the file tells, and what to do.
         misfits: Names of parametrized tensors whose stored state is not one that their recorded configuration can have,
             with why.
         not_measured: Names of parametrized tensors that cannot be computed from the file alone, with why.
+        causes: For each of :attr:`off_constraint`, why, as far as the file tells, and what to do.
 
     Example:
         >>> import tempfile, torch, orthoserde
@@ -43,9 +43,9 @@ class VerifyReport:
     damaged: tuple[str, ...] = ()
     residuals: Mapping[str, float | None] = field(default_factory=dict)
     off_constraint: tuple[str, ...] = ()
-    causes: Mapping[str, str] = field(default_factory=dict)
     misfits: Mapping[str, str] = field(default_factory=dict)
     not_measured: Mapping[str, str] = field(default_factory=dict)
+    causes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -82,11 +82,11 @@ class VerifyReport:
             lines.append(f"  damaged: {shorten(self.damaged)}")
         if self.residuals:
             lines.append(f"  {self.constraints}")
-        without_cause = [name for name in self.off_constraint if name not in self.causes]
-        if without_cause:
-            lines.append(f"  off their constraint: {shorten(without_cause)}")
-        off = ("off its constraint", self.causes)
-        for label, reasons in (off, ("does not fit", self.misfits), ("not measured", self.not_measured)):
+        if self.off_constraint:
+            lines.append(f"  off their constraint: {shorten(self.off_constraint)}")
+            causes = list(dict.fromkeys(self.causes[name] for name in self.off_constraint if name in self.causes))
+            lines += [f"    {printable(cause)}" for cause in causes[:SHOWN]]
+        for label, reasons in (("does not fit", self.misfits), ("not measured", self.not_measured)):
             lines += [f"  {printable(name)}: {label}: {printable(why)}" for name, why in list(reasons.items())[:SHOWN]]
             if len(reasons) > SHOWN:
                 lines.append(f"  {label}: {len(reasons) - SHOWN} more")

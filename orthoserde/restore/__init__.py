@@ -74,21 +74,21 @@ def restore(
             device=where,
             computed={name: weight.action for name, weight in completed.weights.items()},
         )
-        refuse = Refusal(checkpoint, model, strict, differs=bool(plan.problems))
+        refusal = Refusal(checkpoint, model, inventory.slots.keys(), strict)
         plan.problems[:0] = [*forms.problems, *baked.problems, *completed.problems]
         forms.note(plan)
         baked.note(plan, inventory.slots)
         afresh = [outcome.name for outcome in plan.outcomes if outcome.fidelity is Fidelity.INFERENCE]
         wanted = plan_training(forms.checkpoint.manifest, checkpoint.origin, training, plan.parameters, afresh)
         plan.problems += wanted.problems
-        refuse.if_needed(plan)
+        refusal.check(plan)
         if verify:
             check_digests(checkpoint)
         check_bases(completed.checkpoint, plan)
-        refuse.if_needed(plan)
+        refusal.check(plan)
         check_ties(completed.checkpoint, plan)
         plan.problems += filter(None, (weight.check(legacy) for weight in completed.weights.values()))
-        refuse.if_needed(plan)
+        refusal.check(plan)
         _warn(checkpoint, completed, plan)
         baked.warn()
         wanted.read(checkpoint, verify=verify)

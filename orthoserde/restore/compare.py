@@ -24,11 +24,19 @@ SHOWN_OF_A_LIST = 60
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found: problems, or how far the two sides can be trusted to mean the same, and why."""
+    """What a comparison found: problems, or how far the two sides can be trusted to mean the same, and why.
+
+    Attributes:
+        problems: What does not fit.
+        fidelity: How far the two sides can be trusted to mean the same.
+        reasons: Why not further.
+        differs: Whether the model is made otherwise than the one that was saved, and that is all.
+    """
 
     problems: tuple[Problem, ...]
     fidelity: Fidelity
     reasons: tuple[str, ...] = ()
+    differs: bool = False
 
 
 def compare_chain(record: ParametrizedRecord, tensor: ParametrizedTensor, registry: Registry) -> Verdict:
@@ -41,15 +49,18 @@ def compare_chain(record: ParametrizedRecord, tensor: ParametrizedTensor, regist
     problems: list[Problem] = []
     reasons: list[str] = []
     fidelity = Fidelity.EXACT
+    differs = False
     for stored, link in zip(record.chain, links, strict=True):
         verdict = _compare_link(where, stored, link, registry)
         problems += verdict.problems
         reasons += verdict.reasons
         fidelity = min(fidelity, verdict.fidelity)
+        differs = differs or verdict.differs
     if not problems and set(record.originals) != set(tensor.originals):
         text = f"the file has {sorted(record.originals)}, the model {sorted(tensor.originals)}"
         problems.append(Problem(where, "mismatch", text))
-    return Verdict(tuple(problems), fidelity, tuple(reasons))
+        differs = True
+    return Verdict(tuple(problems), fidelity, tuple(reasons), differs)
 
 
 def compare_module(record: ModuleRecord, module: nn.Module, registry: Registry) -> Verdict:
@@ -93,7 +104,7 @@ def _compare_link(where: str, stored: ParametrizationRecord, link: nn.Module, re
     saved_name = qualname_of(stored.class_name or "")
     if saved_name != cls.__qualname__:
         text = f"the file has the parametrization {saved_name}, the model {cls.__qualname__}"
-        return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
+        return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED, differs=True)
     reason = f"{cls.__name__} was not registered when it was saved, so its configuration was not checked"
     return Verdict((), Fidelity.UNVERIFIED, (reason,))
 
@@ -106,8 +117,8 @@ def _compare_config(
     codec: Codec | None,
     module: nn.Module,
 ) -> Verdict:
-    def mismatch(text: str) -> Verdict:
-        return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED)
+    def mismatch(text: str, *, differs: bool = False) -> Verdict:
+        return Verdict((Problem(where, "mismatch", text),), Fidelity.UNVERIFIED, differs=differs)
 
     if codec is None:
         cls = _torch.class_before_parametrizations(module)
@@ -115,7 +126,7 @@ def _compare_config(
             f"the file has {kind}, the model the unregistered {cls.__qualname__}; register it or use {kind}"
         )
     if codec.kind != kind:
-        return mismatch(f"the file has {kind}, the model {codec.kind}")
+        return mismatch(f"the file has {kind}, the model {codec.kind}", differs=True)
     ours = codec.config(module)
     try:
         theirs = current_config(codec, config, version)
@@ -131,7 +142,7 @@ def _compare_config(
         for place, theirs_, ours_ in differences(theirs, ours)
         if place.rpartition(".")[2] not in forms
     )
-    return Verdict(problems, Fidelity.EXACT)
+    return Verdict(problems, Fidelity.EXACT, differs=bool(problems))
 
 
 def _shown(value: JSON) -> str:

@@ -50,6 +50,7 @@ def match_parametrized(table: Table, reparametrize: bool, computed: Mapping[str,
 def _match_live(table: Table, record: ParametrizedRecord, tensor: ParametrizedTensor) -> None:
     verdict = compare_chain(record, tensor, table.registry)
     table.plan.problems += verdict.problems
+    table.plan.differs |= verdict.differs
     _own_live(table, tensor, verdict.fidelity, "; ".join([RESTORED, *verdict.reasons]))
     # A tensor of the model says which shape fits; what the manifest says of the weight is held to that too.
     parts = [table.slots[key] for prefix in prefixes_of(tensor) for key in table.model_parts.get(prefix, ())]

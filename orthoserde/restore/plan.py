@@ -78,6 +78,7 @@ class Plan:
         ties: Stored tensors that must agree.
         attachments: Parametrizations to attach to bare modules.
         problems: What keeps the load from being done at all.
+        differs: Whether a class, a configuration or a shape is another in the file than in the model.
         missing: Keys that the model has and the file does not.
         unexpected: Keys that the file has and the model does not.
         outcomes: What will be reported of each parametrized tensor.
@@ -95,6 +96,7 @@ class Plan:
     ties: list[Tie] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    differs: bool = False
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)

@@ -60,10 +60,12 @@ def _match_modules(table: Table, strict: bool) -> None:
             recorded.add(id(module))
             verdict = compare_module(record, module, table.registry)
             table.plan.problems += verdict.problems
+            table.plan.differs |= verdict.differs
             table.plan.notes += [f"{record.path or '(model)'}: {reason}" for reason in verdict.reasons]
             table.plan.lower(verdict.fidelity)
         elif strict and table.owner_of(f"{record.path}.") is None:
             table.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
+            table.plan.differs = True
     known = recorded | spoken_for(table.live.values(), table.registry) | table.fresh
     for path, module in table.modules.items():
         codec = table.registry.for_type(_torch.class_before_parametrizations(module))

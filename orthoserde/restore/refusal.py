@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,11 +10,17 @@ from torch import nn
 from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import IncompatibleModelError, Problem
+from orthoserde.manifest import Manifest
 from orthoserde.restore.plan import Plan
 from orthoserde.wording import counted
 
-#: Under these names wrappers hold a model: DataParallel and DDP, torch.compile, activation checkpointing.
-_WRAPPED = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+_AS_SAVED = "make the model as it was when it was saved"
+
+#: Wrappers in wrappers that are looked through.
+_DEPTH = 4
+
+#: What AveragedModel has beside its module.
+_AVERAGED = "n_averaged"
 
 
 @dataclass(frozen=True)
@@ -23,28 +30,28 @@ class Refusal:
     Attributes:
         checkpoint: What is loaded.
         model: What it is loaded into.
+        keys: All keys of the model.
         strict: Whether keys of one side are problems.
-        differs: Whether the model itself is made otherwise than the one that was saved.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
+    keys: Collection[str]
     strict: bool
-    differs: bool
 
-    def if_needed(self, plan: Plan) -> None:
-        """Raise if anything keeps the load from being done.
+    def check(self, plan: Plan) -> None:
+        """Refuse if anything keeps the load from being done.
 
         Raises:
             IncompatibleModelError: With all that does.
         """
         problems = list(plan.problems)
-        missing, unexpected = (plan.missing, plan.unexpected) if self.strict else ([], [])
-        problems += [Problem(key, "missing", "in the model, not in the file") for key in missing]
-        problems += [Problem(key, "unexpected", "in the file, not in the model") for key in unexpected]
+        if self.strict:
+            problems += [Problem(key, "missing", "in the model, not in the file") for key in plan.missing]
+            problems += [Problem(key, "unexpected", "in the file, not in the model") for key in plan.unexpected]
         if problems:
             name = _torch.class_before_parametrizations(_torch.unwrap(self.model)).__qualname__
-            advice = _prefix_advice(missing, unexpected) or self._kind_advice(plan) or self._advice(plan)
+            advice = self._prefix_advice(plan) or self._kind_advice(plan) or self._advice(plan)
             raise IncompatibleModelError(
                 f"{self.checkpoint.origin} does not fit {name}, nothing was loaded; "
                 f"{advice}{counted(len(problems), 'problem')}:",
@@ -52,11 +59,16 @@ class Refusal:
             )
 
     def _advice(self, plan: Plan) -> str:
-        if self.differs:
-            return "make the model as it was when it was saved; "
-        if self.strict and (plan.missing or plan.unexpected):
-            return "make the model as it was when it was saved, or let strict=False leave out keys of one side; "
-        return ""  # each problem says what to do
+        """What to do; empty where each problem says so itself."""
+        one_sided = self.strict and (plan.missing or plan.unexpected)
+        if plan.differs or (plan.missing and plan.unexpected and one_sided):
+            return f"{_AS_SAVED}; "
+        if not one_sided:
+            return ""
+        if plan.problems or not (plan.writes or plan.makes):  # strict=False would not do, or do nothing
+            return f"{_AS_SAVED}; "
+        side = "model" if plan.missing else "file"
+        return f"{_AS_SAVED}, or let strict=False leave out what only the {side} has; "
 
     def _kind_advice(self, plan: Plan) -> str:
         """Say what the file is of, if nothing in it is anything of the model's."""
@@ -66,29 +78,70 @@ class Refusal:
             return ""
         here = [path for path, kind in plan.kinds.items() if kind == outermost.kind]
         if not here:
-            return f"it holds a {outermost.kind}, and the model none: make the model as it was when it was saved; "
+            return f"it holds a {outermost.kind}, and the model none: {_AS_SAVED}; "
         place = "is the model itself" if here[0] == "" else f"is at {here[0]!r}, so load into that part"
         theirs = outermost.path or "the root"
         return f"it holds a {outermost.kind} at {theirs!r}; that of the model {place}; "
 
+    def _prefix_advice(self, plan: Plan) -> str:
+        """Say so if the keys of one side are those of the other behind a prefix, as after saving a wrapped model."""
+        if not (self.strict and plan.missing and plan.unexpected):
+            return ""
+        theirs = _keys_of(self.checkpoint.manifest)
+        averaged = _AVERAGED in theirs and _AVERAGED not in self.keys
+        wrapped = _prefix(theirs - {_AVERAGED} if averaged else theirs, self.keys)
+        if wrapped:
+            # A registered wrapper is one by its class, and in a ModuleDict not every name can stand.
+            around = {".".join(wrapped[:i]) for i in range(len(wrapped))}
+            known = any(record.path in around for record in self.checkpoint.manifest.modules)
+            if known or any(hasattr(nn.ModuleDict, name) for name in wrapped):
+                return ""
+            if averaged:
+                target = "torch.optim.swa_utils.AveragedModel(model)"
+                return f"its keys are those of an averaged model: load into {target}; " if wrapped == ["module"] else ""
+            target = "model"
+            for name in reversed(wrapped):
+                target = f"nn.ModuleDict({{{name!r}: {target}}})"
+            return f"all keys of the file begin with {'.'.join(wrapped) + '.'!r}: load into {target}; "
+        within = _prefix(self.keys, theirs)
+        if within:
+            path = ".".join(within)
+            return f"all keys of the model begin with {path + '.'!r}: load into model.get_submodule({path!r}); "
+        return ""
 
-def _prefix_advice(missing: list[str], unexpected: list[str]) -> str:
-    """Say so if the keys of one side are those of the other behind a prefix, as after saving a wrapped model."""
-    for longer, shorter in ((unexpected, missing), (missing, unexpected)):
-        first = longer[0].partition(".")[0] if longer else ""
-        prefix = f"{first}."
-        behind = [key.removeprefix(prefix) for key in longer if key.startswith(prefix)]
-        same = set(behind) == set(shorter)
-        # A weight that was only computed has another key in a model that parametrizes it.
-        wrapped = prefix in _WRAPPED and not any(key.startswith(prefix) for key in shorter)
-        if first and shorter and len(behind) == len(longer) and (same or wrapped):
-            said = (
-                f"all keys of the {'file' if longer is unexpected else 'model'} begin with {prefix!r}, and the others"
-            )
-            if longer is unexpected:
-                return f"{said} do not: load into nn.ModuleDict({{{first!r}: model}}); "
-            return f"{said} do not: load into that part of it; "
-    return ""
+
+def _keys_of(manifest: Manifest) -> set[str]:
+    """Keys of the model that was saved."""
+    inside = {*manifest.tensors, *manifest.aliases, *manifest.left_out}
+    return inside.difference(manifest.computed, manifest.training_keys)
+
+
+def _prefix(longer: Collection[str], shorter: Collection[str]) -> list[str]:
+    """Names that all of some keys begin with, and behind which they are the other keys; empty if there are none."""
+    if not longer or not shorter:
+        return []
+    first, *others = [key.split(".")[:-1] for key in longer]
+    wanted = _tensors_of(shorter)
+    for depth in range(1, min(len(first), _DEPTH) + 1):
+        names = first[:depth]
+        if any(other[:depth] != names for other in others):
+            break
+        if _tensors_of(key.split(".", depth)[depth] for key in longer) == wanted:
+            return names
+    return []
+
+
+def _tensors_of(keys: Iterable[str]) -> set[str]:
+    """Names of tensors, those of parametrized ones for the keys that they are made of."""
+    return {_tensor_of(key) for key in keys}
+
+
+def _tensor_of(key: str) -> str:
+    parts = key.split(".")
+    if "parametrizations" not in parts[:-1]:
+        return key
+    i = parts.index("parametrizations")
+    return ".".join([*parts[:i], parts[i + 1]])
 
 
 __all__ = ["Refusal"]

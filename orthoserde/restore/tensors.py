@@ -61,6 +61,7 @@ def _match_tensor(table: Table, found: list[Slot], slots: list[Slot]) -> list[tu
     if tensor is not None and record.shape != tuple(tensor.shape):
         text = f"shape {list(record.shape)} in the file, {list(tensor.shape)} in the model"
         table.plan.mismatch(slot.key, text)
+        table.plan.differs = True
         return []
     if table.manifest.has_configuration and tensor is not None and record.parameter != slot.parameter:
         table.note_sort(slot.key, record.parameter, None if owner is None else owner.outcome)

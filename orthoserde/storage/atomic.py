@@ -50,10 +50,7 @@ def replacing(
         remove_leftovers_of(name)  # first, for they may be what fills the disk
         temporary, descriptor = create_temporary(name)
     except OSError as error:
-        folder = os.path.dirname(name)
-        unmade = isinstance(error, FileNotFoundError) and not os.path.isdir(folder)
-        cannot = f"cannot create the {what}" + (f", for there is no folder {folder}; make it first" if unmade else "")
-        raise refused(error, cannot, name, previous=replaced is not None) from error
+        raise refused(error, f"cannot create the {what}", name, previous=replaced is not None) from error
     except ValueError as error:  # a NUL in the path
         raise FileAccessError(errno.EINVAL, str(error), name) from error
     try:
@@ -112,6 +109,9 @@ def refused(error: OSError, what: str, name: str, *, previous: bool) -> FileAcce
     if isinstance(error, FileAccessError):
         return error
     kept = ", the previous file is untouched" if previous else ""
+    folder = os.path.dirname(name)
+    if isinstance(error, FileNotFoundError) and not os.path.isdir(folder):
+        kept += f", for there is no folder {folder}; make it first"
     return FileAccessError(error.errno, f"{what}{kept}: {error.strerror}", name)
 
 

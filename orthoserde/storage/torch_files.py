@@ -172,11 +172,20 @@ def _checked(content: object, name: str) -> dict[str, Tensor]:
             raise FileFormatError(f"{name}: expected keys that are strings, got {type(key).__name__}")
         if not isinstance(value, Tensor):
             raise FileFormatError(
-                f"{name}: expected a flat state dict of tensors, got {type(value).__name__} under {key[:64]!r}; "
-                f"if that is the state dict, save it by itself: torch.save(torch.load(path)[{key[:64]!r}], other_path)"
+                f"{name}: expected a flat state dict of tensors, got {type(value).__name__} under {key[:64]!r}"
+                f"{_advice(content)}"
             )
         tensors[key] = _ordinary(value, key, name)
     return tensors
+
+
+def _advice(content: Mapping[object, object]) -> str:
+    """How to take a state dict out of what it was saved within."""
+    within = next((key for key, value in content.items() if isinstance(value, Mapping)), None)
+    if not isinstance(within, str) or len(within) > 64:
+        return "; save the state dict by itself"
+    read = f"torch.load(path, map_location='cpu')[{within!r}]"
+    return f"; if the state dict is under {within!r}, save it by itself: torch.save({read}, other_path)"
 
 
 def _ordinary(tensor: Tensor, key: str, name: str) -> Tensor:

@@ -73,7 +73,7 @@ def checked_names(state: object) -> Mapping[str, object]:
         raise TypeError(f"state: expected a mapping of names to objects and values, got {type(state).__name__}")
     for name in state:
         if not isinstance(name, str):
-            raise TypeError(f"state: expected names that are strings, got {name!r}, of type {type(name).__name__}")
+            raise TypeError(f"state: expected names that are strings, got {name!r:.200}, of type {type(name).__name__}")
     return state
 
 

@@ -241,7 +241,7 @@ def _odd_state(record: TrainingRecord, name: str, target: object) -> str:
         )
     stored = record.state[name].class_name
     if stored is None and is_object(target):
-        return f"a plain value in the file, a {type(target).__qualname__} here; give a place for a value"
+        return f"a plain value in the file, a {type(target).__qualname__} here; give None in its place"
     if stored is not None and not is_object(target):
         return f"the state of a {qualname_of(stored)} in the file; give the object to load it into"
     if stored is not None and qualname_of(stored) != type(target).__qualname__:

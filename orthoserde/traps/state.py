@@ -4,8 +4,8 @@ The first three look at k numbers and at dtypes, so that every save and load can
 state, or compute the weight.
 
 Note [Diagonal of householder]
-Torch multiplies the columns of its householder product by the diagonal of ``original``, read as integers (``.int()``):
--0.99999 is read as 0, and the column vanishes. No gradient reaches the diagonal, so nothing brings it back.
+A column whose entry of the diagonal is read as 0 vanishes from the weight, see ``MovedDiagonal``. No gradient reaches
+the diagonal, so nothing brings it back.
 """
 
 from __future__ import annotations
@@ -113,15 +113,13 @@ def _diagonal(where: str, original: Tensor) -> Iterator[Finding]:
     found = moved_diagonal(original)
     if found is None:
         return
-    sizes = original.detach().diagonal(dim1=-2, dim2=-1).abs()
-    wrong = ~((sizes >= 1) & (sizes < 2))  # in this form NaN is wrong too
-    if wrong.any():
-        vanished = int((sizes < 1).sum())
+    if found.wrong:
         yield Finding(
             where,
             Severity.SERIOUS,
             "householder-diagonal",
-            f"{found}, and torch reads them as integers: {vanished} columns of the weight (rows, if wide) are zero",
+            f"{found}, and torch reads them as integers: {found.vanished} columns of the weight (rows, if wide) are "
+            "zero",
             "take its original out of whatever decays or averages it, and write the signs of the diagonal back; where "
             f"a sign is lost, {_RELOAD}",
         )

@@ -84,8 +84,8 @@ recurrent.weight_hh_l0                 20  OFF THE CONSTRAINT
 
 off its constraint
   recurrent.weight_hh_l0
-      4 of 4 diagonal entries of its original are not +-1 (-1.75), which torch reads as integers, as
-      after weight decay; load it, write the signs of the diagonal back, and give its original
+      4 of 4 diagonal entries of its original are not +-1 (0.109375), which torch reads as integers,
+      as after weight decay; load it, write the signs of the diagonal back, and give its original
       weight_decay=0
 """
 

@@ -27,6 +27,13 @@ WRITERS: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_an_empty_path_is_no_checkpoint(name: str) -> None:
+    """Made absolute it would be the folder where the process is."""
+    with pytest.raises(orthoserde.CheckpointNotFoundError, match="no such checkpoint: ''"):
+        READERS[name]("")
+
+
 @pytest.mark.parametrize("given", [None, 3, nn.Linear(2, 2)], ids=lambda given: type(given).__name__)
 @pytest.mark.parametrize("name", [*READERS, *WRITERS])
 def test_what_is_no_path_is_a_type_error(name: str, given: object) -> None:
@@ -55,9 +62,10 @@ def test_the_latest_of_an_empty_folder_is_explained(tmp_path: Path) -> None:
         orthoserde.load(nn.Linear(2, 2), latest)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileAccessError, match="cannot create the checkpoint, for there is no folder ") as caught:
-        orthoserde.save(nn.Linear(2, 2), tmp_path / "missing" / "m")
+@pytest.mark.parametrize("size", [None, "1GB"])
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, size: str | None) -> None:
+    with pytest.raises(FileAccessError, match="checkpoint, for there is no folder ") as caught:
+        orthoserde.save(nn.Linear(2, 2), tmp_path / "missing" / "m", max_shard_size=size)
     assert f"no folder {os.path.realpath(tmp_path / 'missing')}; make it first: " in str(caught.value)
     assert not (tmp_path / "missing").exists()
 

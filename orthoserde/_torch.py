@@ -162,7 +162,9 @@ def overrides_dispatch(tensor: Tensor) -> bool:
 def parametrization_lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """ParametrizationLists of a module by tensor name, empty where it is not parametrized."""
     # What is registered counts: a wrapper may forward the attribute of another module, as is_parametrized asks for it.
-    lists = module._modules.get("parametrizations")
+    if "parametrizations" not in module._modules:  # TorchScript's table of modules has no get
+        return {}
+    lists = module._modules["parametrizations"]
     if not isinstance(lists, nn.ModuleDict):
         return {}
     return {

@@ -24,6 +24,8 @@ from orthoserde.wording import one_line
 
 _ORTHOGONAL = OrthogonalCodec()
 
+_TOO_COARSE = "{} is too coarse to be held to a constraint, and a load in float32 keeps its rounding, which is off it"
+
 _NOT_FINITE = "it is not finite, or was computed from what is not; use a checkpoint from before"
 
 #: A cast to bfloat16 takes the entries of ``Q^H Q - I`` to some 0.002; a base that is farther may have lost its rank.
@@ -78,7 +80,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
                     )
         for key in orthonormal:
             if manifest.tensors[key].dtype not in ORTHONORMAL_DTYPES:
-                not_measured[key] = f"{manifest.tensors[key].dtype} is too coarse to be held to a constraint"
+                not_measured[key] = _TOO_COARSE.format(manifest.tensors[key].dtype)
                 continue
             weight = checkpoint.tensor(key)
             residual = _ORTHOGONAL.residual(weight)
@@ -162,7 +164,7 @@ def _measure(
             return None, True
         # What is coarser is off its constraint by its own rounding.
         if dtype_name(dry.dtype) not in ORTHONORMAL_DTYPES:
-            raise NotComputable(f"{dtype_name(dry.dtype)} is too coarse to be held to a constraint")
+            raise NotComputable(_TOO_COARSE.format(dtype_name(dry.dtype)))
     return _judge(links[-1], weight_of(checkpoint, record, links, limit))
 
 

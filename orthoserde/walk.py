@@ -6,6 +6,7 @@ The walk looks at what is registered on each module. It evaluates no parametriza
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -144,9 +145,9 @@ def take_inventory(model: nn.Module, prefix: str = "") -> Inventory:
 
     Raises:
         TypeError: Not a module.
-        UnsupportedModuleError: The module graph has a cycle, or two tensors would have one key.
+        UnsupportedModuleError: The module graph has a cycle, or holds TorchScript, or two tensors would have one key.
     """
-    _check_model(model)
+    check_model(model)
     modules: dict[str, nn.Module] = {}
     slots: dict[str, Slot] = {}
     transient: dict[str, Tensor] = {}
@@ -182,6 +183,11 @@ def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             ancestors.pop()
             continue
         path, module = entry[0], _torch.unwrap(entry[1])
+        if isinstance(module, torch.jit.ScriptModule):
+            where = path or "(model)"
+            raise UnsupportedModuleError(
+                f"{where}: TorchScript holds its tensors; use the module that it was made from"
+            )
         children = _torch.child_modules(module)
         if children and id(module) in ancestors:
             raise UnsupportedModuleError(f"the module {path!r} contains itself")
@@ -192,15 +198,21 @@ def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             pending.extend(reversed([(join(path, name), child) for name, child in children.items()]))
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TypeError: It is none.
+    """
     if not isinstance(model, nn.Module):
         hint = "; give the model itself, not its state dict" if isinstance(model, Mapping) else ""
+        hint = "; the model comes first, then the path" if isinstance(model, (str, os.PathLike)) else hint
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}{hint}")
 
 
 def module_types(model: nn.Module) -> set[type[nn.Module]]:
     """The classes of all modules in a model, without what torch makes of them when it parametrizes them."""
-    _check_model(model)
+    check_model(model)
     found: set[type[nn.Module]] = set()
     seen: set[int] = set()
     pending = [model]
@@ -260,7 +272,9 @@ def _module_problems(path: str, module: nn.Module) -> Iterator[Problem]:
         return
     if _torch.has_extra_state(module):
         yield Problem(
-            path, "unsupported", f"{name} keeps extra state (get_extra_state), which a tensor file cannot hold"
+            path,
+            "unsupported",
+            f"{name} keeps extra state (get_extra_state), which a tensor file cannot hold; keep it in buffers",
         )
     for tensor_name, parametrized in _torch.parametrization_lists(module).items():
         held = {**_torch.own_parameters(parametrized), **_torch.own_buffers(parametrized)}

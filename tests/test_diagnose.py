@@ -616,7 +616,10 @@ def test_findings_come_worst_first_and_read_well() -> None:
         ("0.weight", "weight-decay-orthogonal", Severity.NOTICE),
     ]
     assert str(found[0]).startswith("SERIOUS 1.weight: AdamW decays its original (weight_decay 0.01, lr 0.001)")
-    assert str(found[0]).endswith("Remedy: put its original into a parameter group with weight_decay=0")
+    assert str(found[0]).endswith(
+        "Remedy: put its original into a parameter group with weight_decay=0; a load of a run that was saved without "
+        "that group takes the name of the weight in reset="
+    )
     assert "\n" not in str(found[0])
 
 
@@ -778,3 +781,9 @@ def test_a_load_warns_of_a_base_that_a_file_has_in_half_precision(
     ):
         orthoserde.load(other, tmp_path / "m")
     assert "base-off-constraint" in {finding.code for finding in diagnose(other)} or structured
+    if not structured:  # what the warning advises
+        orthoserde.save(other, tmp_path / "other")
+        orthoserde.convert(tmp_path / "other", tmp_path / "baked", "baked")
+        with pytest.warns(orthoserde.LegacyCheckpointWarning):
+            orthoserde.load(other, tmp_path / "baked", legacy="project")
+        assert diagnose(other) == []

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde import storage
+from orthoserde.api.flags import check_flags
 from orthoserde.api.neighbours import with_neighbours, with_own
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import FileFormatError
@@ -21,6 +22,7 @@ from orthoserde.restore import Legacy, build_model, restore
 from orthoserde.storage.given import path_of
 from orthoserde.training import Targets
 from orthoserde.traps import warn_of_traps
+from orthoserde.walk import check_model
 
 #: Kinds that are registered when the integration is imported, which a file that names one asks for.
 _LOREFT = frozenset({"orthoserde>LoReFT", "orthoserde>LoReFTAdapter"})
@@ -94,7 +96,8 @@ def load(
     Raises:
         IncompatibleModelError: The file does not fit the model, or the training state what it is to be loaded into;
             everything that is wrong is listed.
-        TypeError: ``model`` is no module, ``path`` no path, ``optimizer`` no optimizer, or ``state`` no mapping.
+        TypeError: An argument is of another type: ``model`` is no module, ``path`` no path, ``optimizer`` no optimizer,
+            ``state`` no mapping.
         CheckpointNotFoundError: There is no such file.
         FileAccessError: The system refuses to open or read it.
         FileFormatError: Not a safetensors file, a newer format (``FormatVersionError``), or damaged
@@ -113,7 +116,9 @@ def load(
         (<Fidelity.EXACT: 3>, 7)
         >>> missing_keys, unexpected_keys = report
     """
+    check_model(model)
     name = path_of(path)
+    check_flags(strict=strict, rng=rng, reparametrize=reparametrize, verify=verify)
     registry = in_process(registry)
     extended = with_neighbours(registry, model)
     sink = sink_of(debug)

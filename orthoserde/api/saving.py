@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde import storage
+from orthoserde.api.flags import check_flags
 from orthoserde.api.neighbours import with_neighbours
 from orthoserde.capture import Select, capture
 from orthoserde.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from orthoserde.storage.given import target_of
 from orthoserde.training import with_training
 from orthoserde.transforms import compact, compact_all, untried
 from orthoserde.traps import warn_of_traps
+from orthoserde.walk import check_model
 
 #: How the bases of orthogonal parametrizations are stored.
 Base = Literal["auto", "dense", "compact"]
@@ -109,7 +111,8 @@ def save(
             optimizer holds parameters that the model does not have, or training state is of other types; or
             ``max_shard_size`` is not a size.
         MissingPackageError: ``max_shard_size`` was given, and huggingface_hub is not installed.
-        TypeError: ``model`` is no module, ``path`` no path, ``optimizer`` no optimizer, or ``state`` no mapping.
+        TypeError: An argument is of another type: ``model`` is no module, ``path`` no path, ``optimizer`` no optimizer,
+            ``state`` no mapping.
         FileAccessError: The system refused something, or a checkpoint of another library stands in the folder; the
             previous file is untouched, unless the message says that the new one is saved.
         CommitUncertainError: The file is in place, but the system did not confirm that its name is durable.
@@ -126,6 +129,7 @@ def save(
         >>> torch.equal(model.weight, other.weight)
         True
     """
+    check_model(model)
     name = target_of(path)
     prepared = prepare(
         model,
@@ -196,6 +200,7 @@ def prepare(
     debug: bool | Sink | None = None,
 ) -> Prepared:
     """All of :func:`save` but the writing: same arguments, same errors."""
+    check_flags(rng=rng, include_weights=include_weights)
     if base not in get_args(Base):
         raise ConfigError(f"base: expected one of {', '.join(get_args(Base))}, got {base!r}")
     registry = with_neighbours(in_process(registry), model)

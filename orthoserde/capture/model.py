@@ -218,12 +218,18 @@ def _module_records(inventory: Inventory, registry: Registry) -> list[ModuleReco
 
 
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    given: object = metadata
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"metadata: expected a mapping of strings to strings, got {type(given).__name__}")
+    for key, value in given.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            got = f"{type(key).__name__} to {type(value).__name__}"
+            raise ConfigError(f"metadata: expected strings, got {got} under {key!r:.200}; str(...) makes one")
     try:
         copied = json_values.to_json(dict(metadata))
     except ConfigError as error:
         raise ConfigError(f"metadata: expected strings: {error}") from error
-    if not isinstance(copied, dict) or not all(isinstance(value, str) for value in copied.values()):
-        raise ConfigError("metadata: expected a mapping of strings to strings")
+    assert isinstance(copied, dict)
     return {key: str(value) for key, value in copied.items()}
 
 

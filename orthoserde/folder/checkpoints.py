@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde.api import Base, Prepared, prepare
+from orthoserde.api.flags import check_flags
 from orthoserde.capture import Select
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, FileFormatError
@@ -175,6 +176,7 @@ class Checkpoints:
         if unknown:
             text = "; each checkpoint is one file" if "max_shard_size" in unknown else ""
             raise TypeError(f"save() got an unexpected keyword argument {min(unknown)!r}{text}")
+        check_flags(wait=wait)
         self.wait()
         own = Record(self._files.prefix, record.checked_step(step), record.checked_metric(metric))
         arguments["metadata"] = record.with_record(arguments.get("metadata"), own)

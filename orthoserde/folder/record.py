@@ -81,7 +81,7 @@ def with_record(metadata: Mapping[str, str] | None, record: Record) -> dict[str,
         ConfigError: The metadata is no mapping, or has the key of the record.
     """
     if metadata is not None and not isinstance(metadata, Mapping):
-        raise ConfigError("metadata: expected a mapping of strings to strings")
+        raise ConfigError(f"metadata: expected a mapping of strings to strings, got {type(metadata).__name__}")
     if metadata is not None and RECORD_KEY in metadata:
         raise ConfigError(f"metadata: the key {RECORD_KEY!r} is written by Checkpoints; take another")
     text: JSON = {

@@ -57,9 +57,9 @@ def restore(
     """
     where = torch.device("cpu") if device is None else torch.device(device)
     if where.type == "meta":
-        raise ValueError("device: expected a device with memory, got 'meta'")
+        raise ConfigError("device: expected a device with memory, got 'meta'")
     if legacy not in get_args(Legacy):
-        raise ValueError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
+        raise ConfigError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with modes.undisturbed():
         inventory = take_inventory(model)
         forms = in_forms_of(checkpoint, inventory, registry, verify=verify)
@@ -107,7 +107,13 @@ def restore(
         tensors=reports,
         fidelity=min([plan.fidelity, *(report.fidelity for report in reports.values())]),
         loaded=len(plan.writes) + len(plan.makes),
-        notes=(*plan.notes, *_scope_notes(checkpoint), *_training_notes(checkpoint, training), *checkpoint.notes),
+        notes=(
+            *plan.notes,
+            *_scope_notes(checkpoint),
+            *_training_notes(checkpoint, training),
+            *wanted.notes,
+            *checkpoint.notes,
+        ),
         state=wanted.values,
         training=wanted.summary,
     )
@@ -220,7 +226,8 @@ def _warn(checkpoint: Checkpoint, completed: Completed, plan: Plan) -> None:
         warnings.warn(
             f"the model will not train as it should: {checkpoint.origin} has {shorten(list(plan.rounded))} in {dtypes},"
             " which has rounded it off orthogonality, and no weight that training reaches from there is orthogonal; "
-            "load a checkpoint that was saved in float32, or the computed weight alone with legacy='project'",
+            "load a checkpoint that was saved in float32, or save this model, convert that file to baked, and load the "
+            "result with legacy='project'",
             TrainingTrapWarning,
             stacklevel=4,
         )

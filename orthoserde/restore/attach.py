@@ -102,6 +102,11 @@ def build_links(
 def _build_link(link: ParametrizationRecord, like: Tensor, registry: Registry) -> nn.Module:
     codec = codec_for_kind(registry, link.kind)
     name = link.class_name if link.kind == OPAQUE else link.kind
+    if codec is None and link.kind == OPAQUE:
+        raise ConfigError(
+            f"plain in the model, parametrized by {name} in the file, which was not registered when it was saved, so "
+            "its configuration is not known; parametrize the module before loading"
+        )
     if codec is None:
         raise ConfigError(
             f"plain in the model, parametrized by {name} in the file, which is not registered in this process; "

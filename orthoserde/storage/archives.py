@@ -93,7 +93,9 @@ def read_archive(file: io.FileIO, size: int, name: str) -> Archive:
         raise FileFormatError(f"{name}: a damaged archive: {one_line(error)}") from error
     pickles = [data for which, data in read.items() if which.lower().endswith("data.pkl")]
     if len(pickles) != 1:
-        raise FileFormatError(f"{name}: expected an archive with one pickle, got {len(pickles)}")
+        raise FileFormatError(
+            f"{name}: expected an archive with one pickle, as torch.save writes it, got {len(pickles)}"
+        )
     if b"big" in (data for which, data in read.items() if which.endswith("/byteorder")):
         raise FileFormatError(f"{name}: written on a big-endian machine; load it there, and save it as safetensors")
     return Archive(pickles[0], frozenset((member.file_size, member.CRC) for member in storages))

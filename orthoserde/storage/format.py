@@ -102,7 +102,9 @@ def decode_envelope(text: str, where: str) -> Manifest:
     """
     match = _ENVELOPE.fullmatch(text)
     if match is None:
-        raise FileFormatError(f"{where}: expected a manifest and its digest in the metadata, under {MANIFEST_KEY!r}")
+        raise FileFormatError(
+            f"{where}: expected a manifest and its digest in the metadata, under {MANIFEST_KEY!r}; use another copy"
+        )
     if _digest(match["manifest"]) != match["digest"]:
         raise DamagedFileError(
             f"{where}: the manifest does not match its digest; the file is damaged, use another copy"

@@ -67,9 +67,9 @@ def read_header(file: OpenFile, size: int, start: bytes) -> bytes:
     """
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if len(start) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
-        raise FileFormatError(
-            f"{file.name}: no safetensors header in its {size} bytes: truncated, or another sort of file"
-        )
+        why = "it is empty" if size == 0 else "truncated, or another sort of file"
+        text = f"no safetensors header in its {size} bytes: {why}; use another copy"
+        raise FileFormatError(f"{file.name}: {text}")
     whole = LENGTH_BYTES + length
     return start[:whole] + file.read(max(0, whole - len(start)), len(start))
 

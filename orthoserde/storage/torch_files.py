@@ -165,7 +165,7 @@ def _storages(tensors: Mapping[str, Tensor]) -> list[torch.UntypedStorage]:
 
 def _checked(content: object, name: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
-        raise FileFormatError(f"{name}: expected a state dict, got {type(content).__name__}")
+        raise FileFormatError(f"{name}: expected a state dict, got {type(content).__name__}; save that of the model")
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
         if not isinstance(key, str):

@@ -71,7 +71,7 @@ class Wanted:
         """Names to reset that name no parameter of an optimizer."""
         unused = [name for name in self.reset if name not in self._used and name != ALL]
         return [
-            Problem(f"reset={name!r}", "mismatch", "no optimizer that is loaded has a parameter of this name")
+            Problem(f"reset={name!r}", "mismatch", "no optimizer that optimizer= loads has a parameter of this name")
             for name in unused
         ]
 
@@ -187,7 +187,10 @@ def match_optimizer(
 
     theirs, ours = qualname_of(record.class_name), type(optimizer).__qualname__
     if theirs != ours:
-        mismatch(f"{theirs} in the file, {ours} here; make the optimizer as it was saved")
+        mismatch(
+            f"{theirs} in the file, {ours} here; make the optimizer as it was saved, or load without it, and it starts "
+            "afresh"
+        )
     state_dict = cast("Mapping[str, Any]", optimizer.state_dict())
     theirs_all = {name for group in record.groups for name in group.parameters}
     paired, own_groups = _paired(optimizer, state_dict, theirs_all, wanted, mismatch)
@@ -279,7 +282,8 @@ def _matched_groups(
             if names:
                 mismatch(
                     f"group {i} has other parameters than any group in the file ({counted(len(own), 'group')} here, "
-                    f"{len(theirs)} in the file); group them as they were saved"
+                    f"{len(theirs)} in the file); group them as they were saved, or name in reset= those whose group "
+                    "is new"
                 )
             found.append(None)
         else:

@@ -70,7 +70,8 @@ def checked_names(state: object) -> Mapping[str, object]:
         TypeError: It is none; the error says what it is.
     """
     if not isinstance(state, Mapping):
-        raise TypeError(f"state: expected a mapping of names to objects and values, got {type(state).__name__}")
+        got = type(state).__name__
+        raise TypeError(f"state: expected a mapping of names to objects and values, such as {{'step': 7}}, got {got}")
     for name in state:
         if not isinstance(name, str):
             raise TypeError(f"state: expected names that are strings, got {name!r:.200}, of type {type(name).__name__}")

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from orthoserde import _torch
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import FileFormatError, IncompatibleModelError, Problem
 from orthoserde.manifest import Manifest, qualname_of
@@ -114,6 +115,16 @@ class TrainingPlan:
             except ValueError as error:
                 problem = Problem("rng", "mismatch", str(error))
                 raise IncompatibleModelError(f"{checkpoint.origin} does not fit", [problem]) from error
+
+    @property
+    def notes(self) -> list[str]:
+        """What the caller should know of it, one sentence each."""
+        return [
+            f"state.{name}: a module with parametrized tensors, whose configuration was not compared; where it matters,"
+            " save and load it and the model as one nn.ModuleDict"
+            for name in self.objects
+            if isinstance(module := self.targets.state[name], nn.Module) and any(_torch.all_parametrizations(module))
+        ]
 
     @property
     def summary(self) -> str:

@@ -52,8 +52,8 @@ def diagnose(model: nn.Module, optimizer: Optimizers | None = None) -> list[Find
         >>> [(finding.where, finding.code) for finding in orthoserde.diagnose(model, optimizer)]
         [('weight', 'weight-decay-householder')]
     """
-    optimizers = held.optimizers_of(optimizer)
     inventory = take_inventory(model)
+    optimizers = held.optimizers_of(optimizer)
     registry = in_process(None)
     found = list(sharing.autocast(inventory))
     with modes.undisturbed():

@@ -96,7 +96,8 @@ def steps_of(where: str, orthogonal_map: str, held: Iterable[Held]) -> Iterator[
                 "weight-decay-householder",
                 f"{each.label} decays its original ({setting} {decay:g}, lr {rate:g}): that takes the diagonal off "
                 "+-1, torch reads the diagonal as integers, and the whole weight is zero after one step",
-                f"put its original into a parameter group with {setting}=0",
+                f"put its original into a parameter group with {setting}=0; a load of a run that was saved without "
+                "that group takes the name of the weight in reset=",
             )
         elif decay and moved:
             yield Finding(

@@ -279,8 +279,8 @@ TENSORS: dict[str, Hostile] = {
     "itself": refused(content(archive(b"}q\0" + text("weight") + b"h\0s")), "flat state dict"),
     "lists within each other": refused(content(archive(entry(b"]" * 10**5 + b"a" * (10**5 - 1)))), "flat state dict"),
     "a number for a key": refused(_saved({1: torch.zeros(1)}), "keys that are strings"),
-    "no dict": refused(_saved([torch.zeros(1)]), "expected a state dict, got a list"),
-    "a tensor alone": refused(_saved(torch.zeros(1)), "expected a state dict, got a Tensor"),
+    "no dict": refused(_saved([torch.zeros(1)]), "expected a state dict, got list"),
+    "a tensor alone": refused(_saved(torch.zeros(1)), "expected a state dict, got Tensor"),
     "a module": refused(_saved(torch.nn.Linear(1, 1)), NEEDS),
     "an array": refused(_saved({"weight": torch.zeros(1).numpy()}), NEEDS),
     "a name that a terminal obeys": readable(

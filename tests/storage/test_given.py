@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import orthoserde
@@ -76,3 +78,73 @@ def test_a_state_dict_is_no_model(tmp_path: Path) -> None:
         TypeError, match=r"expected an nn\.Module, got OrderedDict; give the model itself, not its state "
     ):
         orthoserde.save(state, tmp_path / "m")
+
+
+def test_arguments_in_another_order_are_pointed_out(tmp_path: Path) -> None:
+    model: Any = nn.Linear(2, 2)
+    for action in (orthoserde.save, orthoserde.load):
+        with pytest.raises(
+            TypeError, match=r"^model: expected an nn\.Module, got str; the model comes first, then the "
+        ):
+            action(str(tmp_path / "m"), model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^model: expected an nn\.Module, got SGD$"):
+        orthoserde.diagnose(torch.optim.SGD(model.parameters(), lr=0.1), model)  # type: ignore[arg-type]
+
+
+FLAGS: dict[str, Callable[[Path, Any], object]] = {
+    "rng of a save": lambda path, given: orthoserde.save(nn.Linear(2, 2), path, rng=given),
+    "rng of a load": lambda path, given: orthoserde.load(nn.Linear(2, 2), path, rng=given),
+    "strict": lambda path, given: orthoserde.load(nn.Linear(2, 2), path, strict=given),
+    "verify": lambda path, given: orthoserde.load(nn.Linear(2, 2), path, verify=given),
+    "reparametrize": lambda path, given: orthoserde.load(nn.Linear(2, 2), path, reparametrize=given),
+    "include_weights": lambda path, given: orthoserde.save(nn.Linear(2, 2), path, include_weights=given),
+    "wait": lambda path, given: orthoserde.Checkpoints(path.parent).save(1, nn.Linear(2, 2), wait=given),
+}
+
+
+@pytest.mark.parametrize("given", ["no", 1, None, torch.Generator()], ids=lambda given: type(given).__name__)
+@pytest.mark.parametrize("name", FLAGS)
+def test_what_is_neither_true_nor_false_is_a_type_error(name: str, given: object, tmp_path: Path) -> None:
+    """A generator that is given as ``rng`` would be read as True, and would not be saved."""
+    orthoserde.save(nn.Linear(2, 2), tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    flag = name.partition(" ")[0]
+    expected = rf"^{flag}: expected True or False, got {type(given).__name__}" + (
+        "; a generator of your own goes into state=$" if flag == "rng" else "$"
+    )
+    with pytest.raises(TypeError, match=expected):
+        FLAGS[name](tmp_path / "m", given)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m").read_bytes() == before
+
+
+def test_other_arguments_say_what_they_got(tmp_path: Path) -> None:
+    model, path = nn.Linear(2, 2), tmp_path / "m"
+    orthoserde.save(model, path)
+    metadata: Any
+    for metadata, text in (
+        ("hello", "metadata: expected a mapping of strings to strings, got str"),
+        ({"lr": 0.1}, r"metadata: expected strings, got str to float under 'lr'; str\(\.\.\.\) makes one"),
+    ):
+        with pytest.raises(orthoserde.ConfigError, match=text):
+            orthoserde.save(model, path, metadata=metadata)
+    with pytest.raises(
+        orthoserde.ConfigError, match="legacy: expected one of inference, refuse, project, keep, got 'x'"
+    ):
+        orthoserde.load(model, path, legacy="x")  # type: ignore[arg-type]
+    with pytest.raises(orthoserde.ConfigError, match="device: expected a device with memory, got 'meta'"):
+        orthoserde.load(model, path, device="meta")
+    scheduler: Any = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    with pytest.raises(TypeError, match="or several, got StepLR; what has a state_dict goes into state="):
+        orthoserde.save(model, path, optimizer=scheduler)
+
+
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))  # type: ignore[no-untyped-call]
+    for model, where in ((script, r"\(model\)"), (nn.Sequential(script), "0")):
+        with pytest.raises(
+            orthoserde.UnsupportedModuleError, match=f"{where}: TorchScript holds its tensors; use the "
+        ):
+            orthoserde.save(model, tmp_path / "m")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim import lr_scheduler as schedulers
+from torch.optim.swa_utils import AveragedModel
 
 import orthoserde
 from orthoserde import ConfigError, IncompatibleModelError, storage
@@ -391,7 +392,7 @@ def test_a_name_that_resets_nothing_is_refused(tmp_path: Path) -> None:
     refused(
         tmp_path / "m",
         model,
-        r"reset='2\.weight': no optimizer that is loaded has a parameter of this name",
+        r"reset='2\.weight': no optimizer that optimizer= loads has a parameter of this name",
         optimizer=Adam(model.parameters()),
         reset=["2.weight"],
     )
@@ -565,6 +566,34 @@ def test_when_one_object_refuses_everything_is_as_it_was(tmp_path: Path) -> None
     assert all(same_bits(bare.state_dict()[key], value) for key, value in values.items())
 
 
+def test_a_module_in_the_state_is_said_to_be_compared_by_nobody(tmp_path: Path) -> None:
+    """The average of another map would take the state and compute another weight."""
+    model, plain = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4))), nn.Linear(2, 2)
+    orthoserde.save(plain, tmp_path / "m", state={"average": AveragedModel(model), "second": plain})
+    report = orthoserde.load(plain, tmp_path / "m", state={"average": AveragedModel(model), "second": plain})
+    (note,) = report.notes
+    assert note.startswith("state.average: a module with parametrized tensors, whose configuration was not compared; ")
+    other = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley"))
+    orthoserde.save(nn.ModuleDict({"model": plain, "average": model}), tmp_path / "both")
+    with pytest.raises(
+        IncompatibleModelError, match="orthogonal_map is 'matrix_exp' in the file, 'cayley' in the model"
+    ):
+        orthoserde.load(nn.ModuleDict({"model": plain, "average": other}), tmp_path / "both")
+
+
+def test_a_group_that_is_new_is_named_in_reset(tmp_path: Path) -> None:
+    """As for a run that was saved with the decay that zeroes a householder weight."""
+    model, _ = saved(tmp_path / "m")
+    names = ("0.parametrizations.weight.original", "1.weight", "1.bias", "0.bias")
+    original, *rest = map(model.get_parameter, names)
+    groups: list[Any] = [{"params": [original], "lr": 0.5}, {"params": rest}]
+    optimizer = Adam(groups)
+    refused(tmp_path / "m", model, "name in reset= those whose group is new", optimizer=optimizer)
+    orthoserde.load(model, tmp_path / "m", optimizer=optimizer, reset=["0.weight"])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1e-3]
+    assert list(optimizer.state) == rest
+
+
 def test_arguments_of_other_types_are_type_errors(tmp_path: Path) -> None:
     model = net()
     orthoserde.save(model, tmp_path / "m")
@@ -573,7 +602,7 @@ def test_arguments_of_other_types_are_type_errors(tmp_path: Path) -> None:
             with pytest.raises(TypeError):
                 action(model, tmp_path / "m", **arguments)
         odd: list[tuple[Any, str]] = [
-            ([1], "state: expected a mapping of names to objects and values, got list"),
+            ([1], "state: expected a mapping of names to objects and values, such as {'step': 7}, got list"),
             ({3: 1}, "state: expected names that are strings, got 3, of type int"),
         ]
         for state, text in odd:

@@ -49,8 +49,12 @@ def _read_found(folder: str) -> Checkpoint:
     others: list[str] = []
     with contextlib.suppress(OSError):  # this is for a hint alone
         others = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    hint = f"; it holds {shorten(others[::-1])}: give the path of one" if others else ""
-    raise FileFormatError(f"{folder}: a folder without a checkpoint{hint}; looked for {', '.join(READ_IN_ORDER)}")
+    hint = f"looked for {', '.join(READ_IN_ORDER)}"
+    if others:
+        hint = (
+            f"it holds {shorten(others[::-1])}: give the path of one, say that of orthoserde.Checkpoints(...).latest()"
+        )
+    raise FileFormatError(f"{folder}: a folder without a checkpoint; {hint}")
 
 
 def read_index(path: str) -> Checkpoint:

@@ -67,6 +67,11 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def has_nonzero(tensor: Tensor) -> bool:
+    """Whether an element is not zero; for a complex tensor, torch 2.3 warns in ``any`` of what it does itself."""
+    return bool(torch.count_nonzero(tensor.detach()))
+
+
 def is_ddp(module: nn.Module) -> bool:
     """Whether DistributedDataParallel wraps a model or a part of it."""
     ddp = getattr(sys.modules.get("torch.nn.parallel.distributed"), "DistributedDataParallel", None)

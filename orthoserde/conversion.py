@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from orthoserde import storage
+from orthoserde.arguments import check_flags, path_of, target_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
-from orthoserde.storage.given import path_of, target_of
 from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
 from orthoserde.watching import Progress, no_progress, watched
@@ -120,6 +120,7 @@ def convert(
         ...     sorted(orthoserde.inspect(f"{folder}/plain.safetensors").tensors)
         ['bias', 'weight']
     """
+    check_flags(force=force)
     if form not in get_args(Form):
         raise ConfigError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
     origin, goal = path_of(source, "source"), target_of(target, "target")

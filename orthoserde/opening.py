@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from orthoserde import storage
+from orthoserde.arguments import path_of
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.storage.given import path_of
 from orthoserde.storage.shards.index import decode_index
 from orthoserde.storage.shards.names import is_index_name, shard_ending
 from orthoserde.storage.shards.reading import read_text

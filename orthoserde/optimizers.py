@@ -28,8 +28,7 @@ def as_optimizer(given: object, where: str) -> Optimizer:
         TypeError: It is no optimizer.
     """
     if not is_optimizer(given):
-        hint = "; what has a state_dict goes into state=" if hasattr(given, "state_dict") else ""
-        raise TypeError(f"{where}: expected a torch.optim.Optimizer, or several, got {type(given).__name__}{hint}")
+        raise TypeError(f"{where}: expected a torch.optim.Optimizer, got {type(given).__name__}")
     # Accelerate's wrapper hands everything on; it is known by its name, for accelerate is not imported here.
     while class_name(type(given)) == "accelerate.optimizer:AcceleratedOptimizer":
         given = cast("Any", given).optimizer

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from orthoserde import modes
+from orthoserde.arguments import target_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, MissingPackageError
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
 from orthoserde.orthonormal.rounding import gram_error, tall
 from orthoserde.registry import Registry
 from orthoserde.storage.atomic import replacing
-from orthoserde.storage.given import target_of
 from orthoserde.storage.writer import write_all
 from orthoserde.transforms import expand
 from orthoserde.weights.stored import Misfit, NotComputable, stored_weight

@@ -184,10 +184,8 @@ def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             continue
         path, module = entry[0], _torch.unwrap(entry[1])
         if isinstance(module, torch.jit.ScriptModule):
-            where = path or "(model)"
-            raise UnsupportedModuleError(
-                f"{where}: TorchScript holds its tensors; use the module that it was made from"
-            )
+            text = "TorchScript holds its tensors; use the module that it was made from"
+            raise UnsupportedModuleError("the model cannot be looked into:", [Problem(path, "unsupported", text)])
         children = _torch.child_modules(module)
         if children and id(module) in ancestors:
             raise UnsupportedModuleError(f"the module {path!r} contains itself")
@@ -206,7 +204,7 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         hint = "; give the model itself, not its state dict" if isinstance(model, Mapping) else ""
-        hint = "; the model comes first, then the path" if isinstance(model, (str, os.PathLike)) else hint
+        hint = "; the model comes first, then the path" if isinstance(model, (str, bytes, os.PathLike)) else hint
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}{hint}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import tracemalloc
 import warnings
 from collections.abc import Mapping
@@ -325,8 +326,10 @@ class TestOffTheConstraint:
         report = orthoserde.verify(path)
         assert report.off_constraint == tuple(report.causes) == ("1.weight",)
         columns = min(model.get_parameter("1.parametrizations.weight.original").shape)
-        found = f"{columns} of {columns} diagonal entries of its original are not +-1 (-0.999000013)"
-        assert report.causes["1.weight"].startswith(found)
+        found = (
+            rf"{columns} of {columns} diagonal entries of its original are not \+-1 \(-?0\.999000013\), which torch "
+        )
+        assert re.match(found, report.causes["1.weight"])
 
     def test_what_is_read_right_is_not_blamed(self, tmp_path: Path) -> None:
         """Torch reads 1.0001 as 1: here the base alone is to blame."""
@@ -646,13 +649,12 @@ class TestReports:
         )
         assert not report.ok
         lines = str(report).splitlines()
-        assert lines[:8] == [
+        assert lines[:7] == [
             r"verified model\x1b[31m.safetensors: NOT OK",
             "  23 of 30 tensors match their digests",
             "  damaged: layers.0.bias, layers.1.bias, layers.2.bias, layers.3.bias, layers.4.bias and 2 more",
             "  1 of 3 measured tensors are on their constraint, largest residual 0.25",
-            "  off their constraint: a.weight, f.weight",
-            r"    its base is\x1b[2Jodd",
+            r"  off their constraint: a.weight, f.weight: its base is\x1b[2Jodd",
             r"  d.weight: does not fit: its base is\nodd",
             "  e.0: not measured: unknown",
         ]

@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orthoserde"
 
 FLOORS = {
+    "arguments": 0,
     "errors": 0,
     "modes": 0,
     "_version": 0,
@@ -58,6 +59,7 @@ FLOORS = {
 
 #: Arrows between rooms on one floor; each points one way.
 SIDEWAYS = {
+    ("arguments", "errors"),
     ("modes", "_torch"),
     ("modes", "errors"),
     ("errors", "wording"),

@@ -12,7 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal, spectral_norm
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import orthoserde
@@ -261,10 +263,33 @@ def test_keys_behind_a_prefix_are_loaded_as_the_refusal_says(tmp_path: Path, nam
 def test_an_averaged_model_is_loaded_as_the_refusal_says(tmp_path: Path) -> None:
     model = orthogonal(nn.Linear(4, 2))
     orthoserde.save(AveragedModel(model), tmp_path / "m")
-    with pytest.raises(IncompatibleModelError, match=r"load into torch\.optim\.swa_utils\.AveragedModel\(model\);"):
+    with pytest.raises(IncompatibleModelError, match=r"swa_utils\.AveragedModel\(model\), which is a copy, and use "):
         orthoserde.load(model, tmp_path / "m")
     averaged = AveragedModel(model)
+    assert averaged.module is not model
     assert _is_loaded(averaged, tmp_path / "m", averaged.module)
+
+
+@pytest.mark.parametrize("hooked", ["file", "model"])
+@pytest.mark.parametrize(
+    "norm", [(old_weight_norm, weight_norm), (old_spectral_norm, spectral_norm)], ids=["weight", "spectral"]
+)
+def test_keys_behind_a_prefix_may_be_those_of_another_form(tmp_path: Path, norm: Any, hooked: str) -> None:
+    saved, model = (kind(nn.Linear(4, 2)) for kind in (norm if hooked == "file" else norm[::-1]))
+    orthoserde.save(nn.ModuleDict({"module": saved}), tmp_path / "m")
+    with pytest.raises(IncompatibleModelError, match=r"load into nn\.ModuleDict\(\{'module': model\}\); "):
+        orthoserde.load(model, tmp_path / "m")
+    orthoserde.load(nn.ModuleDict({"module": model}), tmp_path / "m")
+
+
+def test_of_tied_tensors_one_key_is_enough_behind_a_prefix(tmp_path: Path) -> None:
+    saved, model = Tied(), Tied()
+    state = {f"module.{key}": value for key, value in saved.state_dict().items() if key != "decoder.weight"}
+    safetensors.torch.save_file(state, tmp_path / "m")
+    with pytest.raises(IncompatibleModelError, match=r"load into nn\.ModuleDict\(\{'module': model\}\); "):
+        orthoserde.load(model, tmp_path / "m")
+    orthoserde.load(nn.ModuleDict({"module": model}), tmp_path / "m")
+    assert equal(saved, model)
 
 
 class Wrapper(nn.Module):
@@ -282,7 +307,7 @@ def test_where_a_prefix_is_not_all_there_is_no_prefix_is_spoken_of(tmp_path: Pat
         "beside others": (Wrapper(head=linear, module=linear), Wrapper(head=linear, body=linear)),
         "one key of several": (Wrapper(a=linear, enc=nn.LayerNorm(2)), Wrapper(a=linear, norm=nn.LayerNorm(2))),
         "of something else": (Wrapper(module=linear), conv),
-        "a name that a ModuleDict has": (Wrapper(keys=linear), linear),
+        "of other shapes": (Wrapper(module=nn.Linear(3, 2)), linear),
         "a registered wrapper": (Wrapper(module=linear), linear),
     }
     for name, (saved, model) in cases.items():
@@ -290,6 +315,14 @@ def test_where_a_prefix_is_not_all_there_is_no_prefix_is_spoken_of(tmp_path: Pat
         with pytest.raises(IncompatibleModelError) as caught:
             orthoserde.load(model, tmp_path / "m", registry=registry)
         assert "begin with" not in str(caught.value), name
+
+
+@pytest.mark.parametrize("name", ["training", "_buffers", "keys", ""])
+def test_a_name_that_no_module_dict_can_have_is_not_advised(tmp_path: Path, name: str) -> None:
+    safetensors.torch.save_file({f"{name}.weight": torch.zeros(2, 2), f"{name}.bias": torch.zeros(2)}, tmp_path / "m")
+    with pytest.raises(IncompatibleModelError) as caught:
+        orthoserde.load(nn.Linear(2, 2), tmp_path / "m")
+    assert "ModuleDict" not in str(caught.value)
 
 
 def test_a_load_says_what_it_has_widened(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde import storage
-from orthoserde.api.flags import check_flags
 from orthoserde.api.neighbours import with_neighbours, with_own
+from orthoserde.arguments import check_flags, path_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import FileFormatError
 from orthoserde.integrations import in_process
@@ -19,7 +19,6 @@ from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry
 from orthoserde.reports import LoadReport
 from orthoserde.restore import Legacy, build_model, restore
-from orthoserde.storage.given import path_of
 from orthoserde.training import Targets
 from orthoserde.traps import warn_of_traps
 from orthoserde.walk import check_model

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde import storage
-from orthoserde.api.flags import check_flags
 from orthoserde.api.neighbours import with_neighbours
+from orthoserde.arguments import check_flags, target_of
 from orthoserde.capture import Select, capture
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError
@@ -22,7 +22,6 @@ from orthoserde.manifest import OPAQUE, Manifest
 from orthoserde.metrics import Sink, Watch, sink_of
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
-from orthoserde.storage.given import target_of
 from orthoserde.training import with_training
 from orthoserde.transforms import compact, compact_all, untried
 from orthoserde.traps import warn_of_traps

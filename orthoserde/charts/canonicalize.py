@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde import modes
+from orthoserde.arguments import check_flags
 from orthoserde.charts.apply import carry_out
 from orthoserde.charts.plan import make_plan
 from orthoserde.charts.states import optimizers_of
@@ -63,6 +64,7 @@ def canonicalize_(
     Source: torch/nn/utils/parametrizations.py, ``_Orthogonal`` (torch 2.13); Note [Change of chart] in
     orthoserde/charts/turn.py; Note [Equivariant optimizers] in orthoserde/charts/states.py.
     """
+    check_flags(reset_state=reset_state)
     optimizers = optimizers_of(optimizer)
     with modes.undisturbed(), torch.no_grad():
         reports, changes = make_plan(model, optimizers, reset=reset_state)

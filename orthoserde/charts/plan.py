@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from orthoserde import _torch
 from orthoserde.charts.states import Reset, States, holds, states_of
 from orthoserde.charts.survey import Chart, Place, Survey, gradient_obstacle, place_of_original, survey
 from orthoserde.charts.turn import Turn
@@ -84,7 +85,7 @@ def _candidates(chart: Chart, states: States) -> dict[str, Tensor]:
 def _optimizer_obstacle(chart: Chart, optimizers: Sequence[Optimizer] | None) -> str:
     """Whether it cannot be known what an optimizer holds for a tensor that is in training."""
     gradient = chart.gradient
-    if chart.at_start and (gradient is None or not gradient.any()):
+    if chart.at_start and (gradient is None or not _torch.has_nonzero(gradient)):
         return ""
     if optimizers is None:
         return (

@@ -148,7 +148,7 @@ def _is_counter_or_zero(entry: object) -> bool:
         return True
     if not isinstance(entry, Tensor) or _torch.overrides_dispatch(entry) or entry.layout is not torch.strided:
         return False
-    return entry.dim() == 0 or (entry.device.type != "meta" and not entry.any())
+    return entry.dim() == 0 or (entry.device.type != "meta" and not _torch.has_nonzero(entry))
 
 
 def _entries(state: Mapping[object, object]) -> str:

@@ -221,7 +221,7 @@ def gradient_obstacle(chart: Chart) -> str:
         return "the gradient of its original is not an ordinary dense tensor; step or zero_grad first"
     if not torch.isfinite(gradient).all():
         return "the gradient of its original holds NaN or infinity; call zero_grad first"
-    if turning(gradient, chart.k).any() and (gradient.grad_fn is not None or may_overlap(gradient)):
+    if _torch.has_nonzero(turning(gradient, chart.k)) and (gradient.grad_fn is not None or may_overlap(gradient)):
         return "the gradient of its original cannot be overwritten in place; step or zero_grad first"
     return ""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from orthoserde import _torch
 from orthoserde.orthonormal.completion import Completion, matrices
 from orthoserde.orthonormal.probe import off_orthonormal, times
 from orthoserde.orthonormal.rounding import tall
@@ -39,11 +40,11 @@ class Turn:
             A new tensor of its dtype on the CPU; None where nothing changes, because that part is zero.
         """
         rows = turning(tensor, self._k).cpu()
-        if not rows.any():
+        if not _torch.has_nonzero(rows):
             return None
         result = rows.resolve_conj().resolve_neg().clone()
         for index, completion in self.completions.items():
-            if rows[index].any():
+            if _torch.has_nonzero(rows[index]):
                 result[index] = completion.coordinates(times(self._base[index][:, self._k :], rows[index]))
         return result
 

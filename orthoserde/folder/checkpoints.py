@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde.api import Base, Prepared, prepare
-from orthoserde.api.flags import check_flags
+from orthoserde.arguments import check_flags, target_of
 from orthoserde.capture import Select
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, FileFormatError
@@ -24,7 +24,6 @@ from orthoserde.folder.record import Mode, Record
 from orthoserde.metrics import Sink
 from orthoserde.registry import Registry
 from orthoserde.reports import SaveReport
-from orthoserde.storage.given import target_of
 from orthoserde.traps import warn_of_traps
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from orthoserde import storage
+from orthoserde.arguments import path_of
 from orthoserde.errors import ConfigError
 from orthoserde.proof.child import Task
 from orthoserde.proof.compare import between_loads, loss_difference
@@ -18,7 +19,6 @@ from orthoserde.proof.functions import check_importable
 from orthoserde.proof.process import Run, run
 from orthoserde.proof.report import Difference, Grade, Proof
 from orthoserde.proof.settings import current, other_seed
-from orthoserde.storage.given import path_of
 
 Path: TypeAlias = "str | os.PathLike[str]"
 

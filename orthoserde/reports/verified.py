@@ -82,10 +82,14 @@ class VerifyReport:
             lines.append(f"  damaged: {shorten(self.damaged)}")
         if self.residuals:
             lines.append(f"  {self.constraints}")
-        if self.off_constraint:
-            lines.append(f"  off their constraint: {shorten(self.off_constraint)}")
-            causes = list(dict.fromkeys(self.causes[name] for name in self.off_constraint if name in self.causes))
-            lines += [f"    {printable(cause)}" for cause in causes[:SHOWN]]
+        by_cause: dict[str, list[str]] = {}
+        for name in self.off_constraint:
+            by_cause.setdefault(self.causes.get(name, "not known why"), []).append(name)
+        lines += [f"  off their constraint: {shorten(names)}: {printable(why)}" for why, names in by_cause.items()][
+            :SHOWN
+        ]
+        if len(by_cause) > SHOWN:
+            lines.append(f"  off their constraint: {sum(map(len, list(by_cause.values())[SHOWN:]))} more")
         for label, reasons in (("does not fit", self.misfits), ("not measured", self.not_measured)):
             lines += [f"  {printable(name)}: {label}: {printable(why)}" for name, why in list(reasons.items())[:SHOWN]]
             if len(reasons) > SHOWN:

@@ -74,7 +74,7 @@ def restore(
             device=where,
             computed={name: weight.action for name, weight in completed.weights.items()},
         )
-        refusal = Refusal(checkpoint, model, inventory.slots.keys(), strict)
+        refusal = Refusal(checkpoint, model, inventory.slots, strict)
         plan.problems[:0] = [*forms.problems, *baked.problems, *completed.problems]
         forms.note(plan)
         baked.note(plan, inventory.slots)
@@ -223,11 +223,13 @@ def _adapter_alone(checkpoint: Checkpoint) -> Checkpoint:
 def _warn(checkpoint: Checkpoint, completed: Completed, plan: Plan) -> None:
     if plan.rounded:
         dtypes = " and ".join(sorted(set(plan.rounded.values())))
+        records = completed.checkpoint.manifest.parametrized
+        chained = any(len(r.chain) > 1 and not plan.rounded.keys().isdisjoint(r.tensor_keys()) for r in records)
+        otherwise = ", or save this model, convert that file to baked, and load the result with legacy='project'"
         warnings.warn(
             f"the model will not train as it should: {checkpoint.origin} has {shorten(list(plan.rounded))} in {dtypes},"
             " which has rounded it off orthogonality, and no weight that training reaches from there is orthogonal; "
-            "load a checkpoint that was saved in float32, or save this model, convert that file to baked, and load the "
-            "result with legacy='project'",
+            f"load a checkpoint that was saved in float32{'' if chained else otherwise}",
             TrainingTrapWarning,
             stacklevel=4,
         )

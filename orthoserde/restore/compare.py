@@ -30,7 +30,7 @@ class Verdict:
         problems: What does not fit.
         fidelity: How far the two sides can be trusted to mean the same.
         reasons: Why not further.
-        differs: Whether the model is made otherwise than the one that was saved, and that is all.
+        differs: Whether one of the problems is that the model is made otherwise than the one that was saved.
     """
 
     problems: tuple[Problem, ...]

@@ -65,7 +65,6 @@ def _match_modules(table: Table, strict: bool) -> None:
             table.plan.lower(verdict.fidelity)
         elif strict and table.owner_of(f"{record.path}.") is None:
             table.plan.mismatch(record.path, f"the file has a {record.kind} here, the model no module")
-            table.plan.differs = True
     known = recorded | spoken_for(table.live.values(), table.registry) | table.fresh
     for path, module in table.modules.items():
         codec = table.registry.for_type(_torch.class_before_parametrizations(module))

@@ -13,8 +13,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
+from orthoserde.arguments import target_of
 from orthoserde.errors import CommitUncertainError, FileAccessError
-from orthoserde.storage.given import target_of
 from orthoserde.storage.leftovers import remove_leftovers_of, temporary_name, try_lock
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from orthoserde.arguments import path_of
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.storage.given import path_of
 from orthoserde.storage.reader import read_file
 from orthoserde.storage.shards import is_index_name, read_folder, read_index
 

@@ -181,11 +181,15 @@ def _checked(content: object, name: str) -> dict[str, Tensor]:
 
 def _advice(content: Mapping[object, object]) -> str:
     """How to take a state dict out of what it was saved within."""
-    within = next((key for key, value in content.items() if isinstance(value, Mapping)), None)
+    within = next((key for key, value in content.items() if _is_state(value)), None)
     if not isinstance(within, str) or len(within) > 64:
-        return "; save the state dict by itself"
+        return "; save the state dict of the model by itself, tensors alone"
     read = f"torch.load(path, map_location='cpu')[{within!r}]"
-    return f"; if the state dict is under {within!r}, save it by itself: torch.save({read}, other_path)"
+    return f"; what is under {within!r} looks like one, save it by itself: torch.save({read}, other_path)"
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
 
 
 def _ordinary(tensor: Tensor, key: str, name: str) -> Tensor:

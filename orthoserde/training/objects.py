@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -39,12 +40,40 @@ def state_of(value: Any) -> object:
     return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
 
 
+def tree_of(value: object) -> object:
+    """The state of an object with the names of functions in their places, see :func:`_own_functions`."""
+    state = state_of(value)
+    functions = _own_functions(value, state)
+    return {**cast("dict[Any, Any]", state), **functions} if functions else state
+
+
 def set_state(value: Any, state: object) -> None:
-    """Give an object a state that :func:`state_of` returned."""
+    """Give an object a state that :func:`state_of` or :func:`tree_of` returned.
+
+    Raises:
+        ValueError: It has another function in the place of one.
+    """
     if isinstance(value, torch.Generator):
         value.set_state(cast("torch.Tensor", state))
-    else:
-        value.load_state_dict(state)
+        return
+    if isinstance(state, dict) and any(isinstance(each, str) for each in state.values()):
+        own = value.state_dict()
+        functions = _own_functions(value, own)
+        for key in functions.keys() & state.keys():
+            if state[key] not in (functions[key], own[key]):
+                raise ValueError(
+                    f"{key} is {state[key]!r:.200} in the file, {functions[key]} here; make it as it was saved"
+                )
+        state = {**state, **{key: own[key] for key in functions if key in state}}
+    value.load_state_dict(state)
+
+
+def _own_functions(value: object, state: object) -> dict[Any, str]:
+    """Names of the functions in a state that are of the object's own class: torch 2.3 keeps one for OneCycleLR."""
+    if not isinstance(state, dict):
+        return {}
+    functions = {key: each.__name__ for key, each in state.items() if isinstance(each, FunctionType)}
+    return {key: name for key, name in functions.items() if getattr(type(value), name, None) is state[key]}
 
 
 def snapshot_of(value: Any) -> Undo:
@@ -97,6 +126,6 @@ def records_of(state: Mapping[str, object], sources: Sources) -> dict[str, State
         if obstacle:
             raise ConfigError(f"state.{name}: {obstacle}")
         name_of_class = class_name(type(value)) if is_object(value) else None
-        tree = state_of(value) if is_object(value) else value
+        tree = tree_of(value) if is_object(value) else value
         records[name] = StateRecord(name_of_class, encode_tree(tree, f"state.{name}", sources.put))
     return records

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
@@ -38,6 +39,10 @@ def labelled(optimizer: object) -> dict[str, Optimizer]:
     """
     if optimizer is None:
         return {}
+    if isinstance(optimizer, (list, tuple, LRScheduler)):
+        advice = "it goes into state=" if isinstance(optimizer, LRScheduler) else "several go in by names"
+        got = type(optimizer).__name__
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {got}; {advice}")
     found = dict(optimizer) if isinstance(optimizer, Mapping) else {"": optimizer}
     for label in found:
         if not isinstance(label, str) or (isinstance(optimizer, Mapping) and not label):

@@ -94,10 +94,8 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
 def _listed(origin: str, problems: Collection[Problem]) -> str:
     lines = "".join(f"\n  - {problem.where}: {problem.text}" for problem in problems)
     tensors = counted(len(problems), "tensor")
-    return (
-        f"{origin}: {tensors} cannot be computed from the file alone; load it into its model, in float32, and "
-        f"bake that, or, in Python, register its classes first:{lines}"
-    )
+    advice = "load it into its model, in float32, and call orthoserde.bake_ on that"
+    return f"{origin}: {tensors} cannot be computed from the file alone; {advice}:{lines}"
 
 
 def _records(checkpoint: Checkpoint) -> Iterator[ParametrizedRecord]:

@@ -103,6 +103,8 @@ def test_damage_by_a_resume_from_a_legacy_folder_is_found(model: ReftModel, tmp_
     train(other, 1, adam(other))
     report = orthoserde.verify(save(other, tmp_path / "later"))
     assert report.off_constraint == (NAME,)
+    advice = "its columns are not orthonormal; load the folder with legacy='project', or one from before"
+    assert report.causes == {NAME: advice}
 
 
 def test_a_file_of_ours_shows_the_same_damage(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orthoserde import modes, storage
+from orthoserde.arguments import target_of
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
@@ -36,7 +37,6 @@ from orthoserde.json_values import JSON
 from orthoserde.manifest import ModuleRecord, join
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
-from orthoserde.storage.given import target_of
 from orthoserde.transforms import expand
 from orthoserde.walk import module_types, take_inventory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
@@ -49,12 +50,10 @@ def _read_found(folder: str) -> Checkpoint:
     others: list[str] = []
     with contextlib.suppress(OSError):  # this is for a hint alone
         others = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    hint = f"looked for {', '.join(READ_IN_ORDER)}"
-    if others:
-        hint = (
-            f"it holds {shorten(others[::-1])}: give the path of one, say that of orthoserde.Checkpoints(...).latest()"
-        )
-    raise FileFormatError(f"{folder}: a folder without a checkpoint; {hint}")
+    hint = f"; it holds {shorten(others[::-1])}: give the path of one" if others else ""
+    if any(re.fullmatch(r".+-\d{8,}\.safetensors", name) for name in others):
+        hint += ", such as orthoserde.Checkpoints(folder).latest()"
+    raise FileFormatError(f"{folder}: a folder without a checkpoint{hint}; looked for {', '.join(READ_IN_ORDER)}")
 
 
 def read_index(path: str) -> Checkpoint:

@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from orthoserde.arguments import target_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import CommitUncertainError, FileAccessError, FileFormatError
 from orthoserde.manifest import TensorRecord
 from orthoserde.storage.atomic import create_temporary, refused, replacing, set_mode, sync_folder
 from orthoserde.storage.format import digest_in, envelope, in_storage_order, shard_header
-from orthoserde.storage.given import target_of
 from orthoserde.storage.open_file import open_file
 from orthoserde.storage.shards.index import encode_index
 from orthoserde.storage.shards.names import INDEX, SINGLE, shard_names

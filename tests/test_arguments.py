@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,8 @@ FLAGS: dict[str, Callable[[Path, Any], object]] = {
     "verify": lambda path, given: orthoserde.load(nn.Linear(2, 2), path, verify=given),
     "reparametrize": lambda path, given: orthoserde.load(nn.Linear(2, 2), path, reparametrize=given),
     "include_weights": lambda path, given: orthoserde.save(nn.Linear(2, 2), path, include_weights=given),
+    "force": lambda path, given: orthoserde.convert(path, path.with_name("x"), "dense", force=given),
+    "reset_state": lambda path, given: orthoserde.canonicalize_(nn.Linear(2, 2), reset_state=given),
     "wait": lambda path, given: orthoserde.Checkpoints(path.parent).save(1, nn.Linear(2, 2), wait=given),
 }
 
@@ -110,12 +114,18 @@ def test_what_is_neither_true_nor_false_is_a_type_error(name: str, given: object
     before = (tmp_path / "m").read_bytes()
     flag = name.partition(" ")[0]
     expected = rf"^{flag}: expected True or False, got {type(given).__name__}" + (
-        "; a generator of your own goes into state=$" if flag == "rng" else "$"
+        "; a generator of your own goes into state=$" if isinstance(given, torch.Generator) else "$"
     )
     with pytest.raises(TypeError, match=expected):
         FLAGS[name](tmp_path / "m", given)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert (tmp_path / "m").read_bytes() == before
+
+
+def test_a_bool_of_numpy_is_true_or_false(tmp_path: Path) -> None:
+    model, true = nn.Linear(2, 2), np.True_
+    orthoserde.save(model, tmp_path / "m", rng=true)  # type: ignore[arg-type]
+    orthoserde.load(model, tmp_path / "m", strict=true, rng=true, verify=true)  # type: ignore[arg-type]
 
 
 def test_other_arguments_say_what_they_got(tmp_path: Path) -> None:
@@ -135,8 +145,10 @@ def test_other_arguments_say_what_they_got(tmp_path: Path) -> None:
     with pytest.raises(orthoserde.ConfigError, match="device: expected a device with memory, got 'meta'"):
         orthoserde.load(model, path, device="meta")
     scheduler: Any = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
-    with pytest.raises(TypeError, match="or several, got StepLR; what has a state_dict goes into state="):
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got StepLR; it goes into state="):
         orthoserde.save(model, path, optimizer=scheduler)
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got list; several go in by names"):
+        orthoserde.save(model, path, optimizer=[scheduler.optimizer])  # type: ignore[arg-type]
 
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:
@@ -148,3 +160,36 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
             orthoserde.UnsupportedModuleError, match=f"{where}: TorchScript holds its tensors; use the "
         ):
             orthoserde.save(model, tmp_path / "m")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_checkpoints_is_read_by_its_latest(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    checkpoints = orthoserde.Checkpoints(tmp_path / "run")
+    checkpoints.save(7, model)
+    text = "give the path of one, such as orthoserde.Checkpoints(folder).latest(); looked for model.safetensors, "
+    with pytest.raises(orthoserde.FileFormatError, match=re.escape(text)):
+        orthoserde.load(model, tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    orthoserde.save(model, tmp_path / "other" / "of-mine.safetensors")
+    with pytest.raises(
+        orthoserde.FileFormatError, match=r"it holds of-mine\.safetensors: give the path of one; looked "
+    ):
+        orthoserde.load(model, tmp_path / "other")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="refused with an older torch, whatever it is")
+@pytest.mark.parametrize("before", [{}, {"epoch": 3}, {"config": {"lr": 0.1}}, {"optimizer": {"state": {}}}], ids=str)
+def test_a_state_dict_within_others_is_taken_out_as_the_refusal_says(tmp_path: Path, before: dict[str, Any]) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    path, other_path = tmp_path / "m.pt", tmp_path / "other.pt"
+    torch.save({**before, "model": model.state_dict(), "epoch": 3}, path)
+    advice = "torch.save(torch.load(path, map_location='cpu')['model'], other_path)"
+    with pytest.raises(orthoserde.FileFormatError, match=re.escape(f"save it by itself: {advice}")):
+        orthoserde.load(other, path)
+    exec(advice, {"torch": torch, "path": path, "other_path": other_path})  # noqa: S102
+    orthoserde.load(other, other_path)
+    assert torch.equal(model.weight, other.weight)
+    torch.save({**model.state_dict(), "epoch": 3}, path)
+    with pytest.raises(orthoserde.FileFormatError, match="got int under 'epoch'; save the state dict of the model by "):
+        orthoserde.load(other, path)

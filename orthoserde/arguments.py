@@ -1,9 +1,11 @@
-"""Paths as they were given: they have to be paths, and one to write to has to be given."""
+"""Arguments that would be taken for something else: what is no path, an empty one, what is neither True nor False."""
 
 from __future__ import annotations
 
 import errno
 import os
+
+import numpy as np
 
 from orthoserde.errors import FileAccessError
 
@@ -37,3 +39,16 @@ def target_of(path: object, what: str = "path") -> str:
     if not name:
         raise FileAccessError(errno.ENOENT, "expected a path, got an empty one", "")
     return name
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False, NumPy's included: ``rng=generator`` reads as if that were saved.
+
+    Raises:
+        TypeError: Something is not.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            got = type(value).__name__
+            hint = "; a generator of your own goes into state=" if got == "Generator" else ""
+            raise TypeError(f"{name}: expected True or False, got {got}{hint}")

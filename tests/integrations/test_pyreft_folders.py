@@ -577,7 +577,7 @@ HOSTILE: dict[str, Hostile] = {
         safetensors_file, FileFormatError, rf"{key_of(0)}\.bin: expected a file of torch\.save", False
     ),
     "a file of ours": Hostile(our_file, FileFormatError, rf"{key_of(0)}\.bin: expected a file of torch\.save", False),
-    "a list": Hostile(content([1, 2]), FileFormatError, rf"{key_of(0)}\.bin: expected a state dict, got a list"),
+    "a list": Hostile(content([1, 2]), FileFormatError, rf"{key_of(0)}\.bin: expected a state dict, got list"),
     "a nested dict": Hostile(
         content({"state": {"weight": torch.zeros(2)}}), FileFormatError, "expected a flat state dict of tensors"
     ),

@@ -153,7 +153,7 @@ def test_other_arguments_say_what_they_got(tmp_path: Path) -> None:
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # newer torches say that TorchScript is deprecated
         script = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))  # type: ignore[no-untyped-call]
     for model, where in ((script, r"\(model\)"), (nn.Sequential(script), "0")):
         with pytest.raises(

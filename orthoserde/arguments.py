@@ -11,7 +11,7 @@ from orthoserde.errors import FileAccessError
 
 
 def path_of(path: object, what: str = "path") -> str:
-    """The text of a path.
+    """The text of a path to read.
 
     Args:
         path: What was given.
@@ -20,10 +20,8 @@ def path_of(path: object, what: str = "path") -> str:
     Raises:
         TypeError: It is no path.
     """
-    if not isinstance(path, (str, bytes, os.PathLike)):
-        hint = "; Checkpoints.latest() and best are None where a folder has no checkpoint yet" if path is None else ""
-        raise TypeError(f"{what}: expected a str or an os.PathLike, got {type(path).__name__}{hint}")
-    return os.fsdecode(path)
+    hint = "; Checkpoints.latest() and best are None where a folder has no checkpoint yet" if path is None else ""
+    return _text(path, what, hint)
 
 
 def target_of(path: object, what: str = "path") -> str:
@@ -33,12 +31,16 @@ def target_of(path: object, what: str = "path") -> str:
         TypeError: It is no path.
         FileAccessError: It is empty.
     """
-    if path is None:
-        raise TypeError(f"{what}: expected a str or an os.PathLike, got NoneType")
-    name = path_of(path, what)
+    name = _text(path, what, "")
     if not name:
         raise FileAccessError(errno.ENOENT, "expected a path, got an empty one", "")
     return name
+
+
+def _text(path: object, what: str, hint: str) -> str:
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"{what}: expected a str or an os.PathLike, got {type(path).__name__}{hint}")
+    return os.fsdecode(path)
 
 
 def check_flags(**flags: object) -> None:

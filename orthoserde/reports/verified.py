@@ -85,9 +85,8 @@ class VerifyReport:
         by_cause: dict[str, list[str]] = {}
         for name in self.off_constraint:
             by_cause.setdefault(self.causes.get(name, "not known why"), []).append(name)
-        lines += [f"  off their constraint: {shorten(names)}: {printable(why)}" for why, names in by_cause.items()][
-            :SHOWN
-        ]
+        for why, names in list(by_cause.items())[:SHOWN]:
+            lines.append(f"  off their constraint: {shorten(names)}: {printable(why)}")
         if len(by_cause) > SHOWN:
             lines.append(f"  off their constraint: {sum(map(len, list(by_cause.values())[SHOWN:]))} more")
         for label, reasons in (("does not fit", self.misfits), ("not measured", self.not_measured)):

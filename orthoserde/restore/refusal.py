@@ -177,11 +177,8 @@ def _alike(some: Collection[_Tensor], others: Collection[_Tensor]) -> bool:
 
 def _is_within(tensors: Collection[_Tensor], names: Collection[str]) -> bool:
     """Whether each tensor, under one of its keys at least, is part of one of these names."""
-    outside = {tensor.identity: True for tensor in tensors}
-    for tensor in tensors:
-        if _unhooked(_name(tensor.key), names) in names:
-            outside[tensor.identity] = False
-    return not any(outside.values())
+    inside = {tensor.identity for tensor in tensors if _unhooked(_name(tensor.key), names) in names}
+    return all(tensor.identity in inside for tensor in tensors)
 
 
 def _name(key: str) -> str:

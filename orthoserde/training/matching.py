@@ -54,8 +54,10 @@ class Wanted:
 
     def name_of(self, parameter: Tensor, known: Collection[str]) -> str | None:
         """What the file calls a parameter, or would; None if the model does not have it."""
-        keys = [self.manifest.kept_key(key) for key in self._keys.get(id(parameter), ())]
-        return next((key for key in keys if key in known), keys[0] if keys else None)
+        own = self._keys.get(id(parameter), ())
+        # Parameters that share memory, and are several objects, have a name each: those come before that of the memory.
+        kept = [self.manifest.kept_key(key) for key in own]
+        return next((key for key in (*own, *kept) if key in known), kept[0] if kept else None)
 
     def is_reset(self, key: str) -> bool:
         """Whether the state of a parameter starts afresh because that was asked for."""
@@ -340,7 +342,7 @@ def _name(plan: OptimizerPlan) -> str:
 def _same_dtypes(numbers: Mapping[str, tuple[int, Tensor]], manifest: Manifest) -> Iterator[str]:
     """Names of the parameters that have the dtype with which they were saved."""
     for name, (_, parameter) in numbers.items():
-        stored = manifest.tensors.get(name)
+        stored = manifest.tensors.get(manifest.kept_key(name))
         if stored is not None and DTYPES[stored.dtype] == parameter.dtype:
             yield name
 

@@ -171,6 +171,27 @@ def test_tied_parameters_and_wrapped_models_have_the_same_names(tmp_path: Path) 
     assert same_bits(again.state[other[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])  # type: ignore[index]
 
 
+def test_parameters_that_share_memory_and_are_several_objects_have_a_state_each(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Sequential, Optimizer]:
+        first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+        second.weight = nn.Parameter(first.weight.detach())
+        model = nn.Sequential(first, nn.Tanh(), second)
+        return model, Adam(model.parameters(), lr=1e-2)
+
+    model, optimizer = make()
+    trained(model, optimizer)
+    orthoserde.save(model, tmp_path / "m", optimizer=optimizer)
+    other, again = make()
+    orthoserde.load(other, tmp_path / "m", optimizer=again)
+    for i in (0, 2):
+        restored, expected = again.state[other[i].weight], optimizer.state[model[i].weight]  # type: ignore[index]
+        assert same_bits(restored["exp_avg"], expected["exp_avg"])
+    for left, right in ((model, optimizer), (other, again)):
+        torch.manual_seed(3)
+        trained(left, right)
+    assert all(map(same_bits, other.parameters(), model.parameters()))
+
+
 def test_on_the_meta_device_state_follows_the_parameters(tmp_path: Path) -> None:
     model, optimizer = saved(tmp_path / "m")
     with torch.device("meta"):

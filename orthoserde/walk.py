@@ -279,7 +279,8 @@ def _module_problems(path: str, module: nn.Module) -> Iterator[Problem]:
         for original in _torch.original_names(parametrized):
             if held.get(original) is None:
                 where = join(path, "parametrizations", tensor_name, original)
-                yield Problem(where, "unsupported", "an original that is not a registered tensor cannot be saved")
+                text = "this original is no registered tensor, being parametrized or pruned itself; remove that first"
+                yield Problem(where, "unsupported", text)
     if _torch.saves_itself(module):
         own = {slot.name: slot.tensor for slot in _slots_of(module, path) if slot.tensor is not None}
         saved = _torch.saved_by_itself(module)

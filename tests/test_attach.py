@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import orthoserde
-from orthoserde import Fidelity, IncompatibleModelError, Registry, UnsupportedModuleError, storage
+from orthoserde import Fidelity, IncompatibleModelError, Registry, UnsupportedModuleError, _torch, storage
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.manifest import ParametrizedRecord
 from tests.helpers import assert_unchanged, snapshot
@@ -312,3 +312,30 @@ def test_a_configuration_that_draws_random_numbers_moves_no_generator(tmp_path: 
     state = torch.get_rng_state()
     orthoserde.save(nn.Sequential(Draws()), tmp_path / "m", registry=registry)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("constrain", [orthogonal, spectral_norm, weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_module_that_has_not_run_is_refused_with_what_to_do(
+    tmp_path: Path, constrain: Callable[[nn.Module], nn.Module]
+) -> None:
+    orthoserde.save(constrain(nn.Linear(5, 3)), tmp_path / "m")
+    model = nn.LazyLinear(3)
+    with pytest.raises(IncompatibleModelError, match="weight: not initialised yet; run the lazy module once before"):
+        orthoserde.load(model, tmp_path / "m")
+    model(torch.randn(2, 5))
+    assert orthoserde.load(model, tmp_path / "m").fidelity is Fidelity.EXACT
+
+
+@pytest.mark.parametrize("constrain", [orthogonal, spectral_norm])
+def test_a_weight_whose_original_is_pruned_is_not_made_of_the_computed_one(
+    tmp_path: Path, constrain: Callable[[nn.Module], nn.Module]
+) -> None:
+    orthoserde.save(nn.Linear(4, 4), tmp_path / "m")
+    model = constrain(nn.Linear(4, 4))
+    prune.l1_unstructured(_torch.parametrization_lists(model)["weight"], "original", 3)  # type: ignore[no-untyped-call]
+    before = snapshot(model)
+    with pytest.raises(IncompatibleModelError, match="does not determine what its original is computed from"):
+        orthoserde.load(model, tmp_path / "m")
+    assert_unchanged(model, before)

@@ -187,6 +187,8 @@ def _computed_weight(
     codec = codecs_of(tensor, registry)[0]
     if len(links) != 1:
         return refused(f"which does not determine the state of {len(links)} parametrizations in a row")
+    if not tensor.originals:
+        return refused("which does not determine what its original is computed from")
     name = _torch.class_before_parametrizations(links[0]).__qualname__
     if codec is None:
         return refused(f"which does not determine the state of the unregistered {name}")

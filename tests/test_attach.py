@@ -322,8 +322,11 @@ def test_a_lazy_module_that_has_not_run_is_refused_with_what_to_do(
 ) -> None:
     orthoserde.save(constrain(nn.Linear(5, 3)), tmp_path / "m")
     model = nn.LazyLinear(3)
-    with pytest.raises(IncompatibleModelError, match="weight: not initialised yet; run the lazy module once before"):
+    with pytest.raises(
+        IncompatibleModelError, match="weight: not initialised yet; run the lazy module once before"
+    ) as caught:
         orthoserde.load(model, tmp_path / "m")
+    assert [problem.where for problem in caught.value.problems] == ["weight", "bias"]
     model(torch.randn(2, 5))
     assert orthoserde.load(model, tmp_path / "m").fidelity is Fidelity.EXACT
 
@@ -334,7 +337,8 @@ def test_a_weight_whose_original_is_pruned_is_not_made_of_the_computed_one(
 ) -> None:
     orthoserde.save(nn.Linear(4, 4), tmp_path / "m")
     model = constrain(nn.Linear(4, 4))
-    prune.l1_unstructured(_torch.parametrization_lists(model)["weight"], "original", 3)  # type: ignore[no-untyped-call]
+    chain = _torch.parametrization_lists(model)["weight"]
+    prune.l1_unstructured(chain, "original", 3)  # type: ignore[no-untyped-call]  # torch has no types for it
     before = snapshot(model)
     with pytest.raises(IncompatibleModelError, match="does not determine what its original is computed from"):
         orthoserde.load(model, tmp_path / "m")

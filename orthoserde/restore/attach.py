@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
 from orthoserde.errors import ConfigError, Problem
@@ -81,8 +80,6 @@ def build_links(
     Returns:
         The parametrizations, or what keeps them from being built.
     """
-    if is_lazy(bare):
-        return [Problem(record.name, "mismatch", "not initialised yet; run the lazy module once before")]
     if record.shape is not None and record.shape != tuple(bare.shape):
         text = f"the file has shape {list(record.shape)}, the model {list(bare.shape)}"
         return [Problem(record.name, "mismatch", text)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from orthoserde import _torch
 from orthoserde.keys import local_names, names_of, prefixes_of
@@ -122,6 +123,9 @@ class _Bare:
                 f"parametrized in the file ({kinds_of(record)}), plain in the model; parametrize it, let load "
                 "do it, or bake the file",
             )
+            table.settle([*plain_keys, *prefixes])
+            return
+        if is_lazy(bare):  # which the walk has told as a problem
             table.settle([*plain_keys, *prefixes])
             return
         links = build_links(

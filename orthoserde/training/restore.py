@@ -25,11 +25,12 @@ from orthoserde.manifest.training import TrainingRecord
 from orthoserde.manifest.trees import decode_tree
 from orthoserde.tensor_bytes import DTYPES
 from orthoserde.training import rng as generators
-from orthoserde.training.matching import OptimizerPlan, Wanted, match_optimizer
+from orthoserde.training.matching import OptimizerPlan, match_optimizer
 from orthoserde.training.objects import checked_names, is_object, misplaced, set_state, snapshot_of
 from orthoserde.training.optimizers import labelled, place_of
 from orthoserde.training.rng import States
 from orthoserde.training.undo import Undo, undo_all
+from orthoserde.training.wanted import Wanted
 
 
 @dataclass(frozen=True)

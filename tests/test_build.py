@@ -102,6 +102,37 @@ def test_computed_weights_are_added_for_other_readers_and_ignored_by_a_load(tmp_
     assert all(torch.equal(weight, computed[name]) for name, weight in weights(bare.eval()).items())
 
 
+def test_the_computed_weight_of_a_shared_module_is_added_once_and_found_under_all_its_names(tmp_path: Path) -> None:
+    shared, plain = orthogonal(nn.Linear(3, 3)), nn.Linear(3, 3)
+    orthoserde.save(nn.Sequential(shared, shared), tmp_path / "m", include_weights=True)
+    assert {"0.weight", "1.weight"} & safetensors.torch.load_file(tmp_path / "m").keys() == {"0.weight"}
+    elsewhere = nn.Sequential(plain, plain)
+    missing, _ = safetensors.torch.load_model(elsewhere, tmp_path / "m", strict=False)
+    assert not missing
+    assert torch.equal(plain.weight, shared.weight)
+
+
+def test_a_weight_that_its_class_cannot_compute_alone_is_not_added(tmp_path: Path) -> None:
+    registry = Registry()
+
+    @registry.register("tests.build>Fixed")
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("fixed", torch.eye(3), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.fixed
+
+    model = nn.Linear(3, 3)
+    parametrize.register_parametrization(model, "weight", Fixed())
+    model.double()
+    with pytest.raises(ConfigError, match=r"weight: include_weights: it cannot be computed .*; save without"):
+        orthoserde.save(model, tmp_path / "m", include_weights=True, registry=registry)
+    assert not (tmp_path / "m").exists()
+    orthoserde.save(model, tmp_path / "m", registry=registry)
+
+
 def test_a_weight_that_only_unknown_code_could_compute_is_not_added(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

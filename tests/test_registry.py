@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -524,3 +525,38 @@ def test_the_reports_say_what_is_not_known_of_a_registered_class(tmp_path: Path)
     loaded = orthoserde.load(linear(Function(torch.sin)), tmp_path / "m", registry=registry)
     assert loaded.fidelity is Fidelity.UNVERIFIED
     assert "the file does not know the configuration of its tests>Function" in str(loaded)
+
+
+class Turned(nn.Module):
+    """With a parameter, a buffer and a child of its own, all of which take part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3,), 1 / 3))
+        self.register_buffer("shift", torch.full((3,), 1 / 7))
+        self.mix = nn.Linear(3, 3, bias=False)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Use them all."""
+        return X * self.scale + self.mix(X) + self.shift
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.bfloat16, torch.float32], ids=str)
+def test_a_registered_parametrization_is_computed_in_the_dtypes_of_its_state(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    registry = Registry()
+    registry.register("tests>Turned")(Turned)
+    layer = linear(Turned()).to(dtype)
+    with torch.no_grad():
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            tensor.copy_(torch.randn(tensor.shape, dtype=dtype))
+        expected = layer.weight.clone()
+    path = tmp_path / "model.safetensors"
+    orthoserde.save(layer, path, registry=registry, include_weights=True)
+    assert torch.equal(safetensors.torch.load_file(path)["weight"], expected)
+    orthoserde.convert(path, tmp_path / "baked.safetensors", form="baked", registry=registry)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "baked.safetensors")["weight"], expected)
+    orthoserde.bake_(layer, registry=registry)
+    assert torch.equal(layer.weight, expected)

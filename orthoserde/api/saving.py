@@ -82,7 +82,9 @@ def save(
             - ``"compact"``: as columns, however long it takes to find out; where that cannot be, refuse.
 
         include_weights: Add the computed tensors under their plain names, for readers that know nothing of
-            parametrizations. They are worked out from the state, and are no part of it: a load ignores them.
+            parametrizations. They are worked out from the state, and are no part of it: a load ignores them. That of a
+            module which stands in several places is stored once, under its first name, where
+            ``safetensors.torch.load_model`` finds it for all of them.
         select: Which tensors to save. None saves everything; but of a model that holds an adapter (LoReFT, pyreft, or a
             class registered with ``adapter=True``) it leaves out the frozen tensors outside of the adapters, those
             parameters that require no gradient. Buffers are kept, for training may move them. ``"all"`` saves

@@ -35,6 +35,7 @@ from orthoserde.storage import FORBIDDEN_TENSOR_KEYS
 from orthoserde.tensor_bytes import dtype_name
 from orthoserde.walk import Inventory, ParametrizedTensor, identity, take_inventory
 from orthoserde.weights.live import codecs_of, computed, spoken_for
+from orthoserde.wording import one_line
 
 
 def capture(
@@ -99,9 +100,15 @@ def _compute(tensor: ParametrizedTensor, registry: Registry) -> Tensor:
     """The computed tensor.
 
     Raises:
-        ConfigError: A class of the chain, or its configuration, is not known.
+        ConfigError: A class of the chain, or its configuration, is not known, or it raised.
     """
-    weight = computed(tensor, registry)
+    try:
+        weight = computed(tensor, registry)
+    except Exception as error:  # whatever a registered class raises, or torch where it has no such operation
+        raise ConfigError(
+            f"{tensor.name}: include_weights: it cannot be computed from its configuration and its state: "
+            f"{one_line(error)}; save without include_weights"
+        ) from error
     if weight is None:
         raise ConfigError(
             f"{tensor.name}: include_weights needs each parametrization registered, with a known configuration"

@@ -73,7 +73,7 @@ class RegisteredClass(Unconstrained):
         return own_tensors(parametrization)
 
     def compute(self, config: Mapping[str, JSON], tensors: Mapping[str, Tensor]) -> Tensor:
-        """Build the parametrization, put its tensors in place and run it on the originals."""
+        """Build the parametrization, put its tensors in place in their own dtypes and run it on the originals."""
         first = next(iter(tensors.values()))
         built = self.build(config, first)
         roles = own_tensors(built)
@@ -81,7 +81,10 @@ class RegisteredClass(Unconstrained):
         with torch.no_grad():
             for role, tensor in tensors.items():
                 if role in roles:
-                    roles[role].copy_(tensor)
+                    own = roles[role]
+                    if own.dtype != tensor.dtype:  # built in the default dtype, trained in another
+                        own.data = torch.empty_like(own, dtype=tensor.dtype)
+                    own.copy_(tensor)
             return cast("Tensor", built.eval()(*originals.values()))
 
     def shape(self, originals: Mapping[str, torch.Size]) -> torch.Size | None:

@@ -87,6 +87,7 @@ SIDEWAYS = {
     ("weights", "walk"),
     ("__init__", "folder"),
     ("proof", "api"),
+    ("proof", "opening"),
     ("api", "opening"),
     ("conversion", "opening"),
     ("transforms", "weights"),

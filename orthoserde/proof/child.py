@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -161,7 +160,7 @@ def _made(returned: object) -> Made:
 
 def _load(made: Made, path: str) -> Loaded:
     """Load all that the file holds of what was made."""
-    training = None if os.path.isdir(path) else api.inspect(path).training
+    training = api.inspect(path).training
     optimizers = training is not None and bool(training.optimizers)
     state = training is not None and bool(training.state)
     rng = training is not None and training.rng is not None

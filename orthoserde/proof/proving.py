@@ -13,6 +13,7 @@ from torch import Tensor
 from orthoserde import storage
 from orthoserde.arguments import path_of
 from orthoserde.errors import ConfigError
+from orthoserde.opening import open_checkpoint
 from orthoserde.proof.child import Task
 from orthoserde.proof.compare import between_loads, loss_difference
 from orthoserde.proof.functions import check_importable
@@ -104,8 +105,7 @@ def prove(
     check_importable(step, "step")
     held_to = _held_to(reference, steps)
     given = path_of(path)
-    if not os.path.isdir(given):
-        storage.read(given).close()
+    open_checkpoint(given).close()
     name = os.path.abspath(given)
     task = Task(name, steps, held_to.files, reference is None, other_seed(0), current())
     first = run(task, make, step)
@@ -156,7 +156,7 @@ def _file(path: Path) -> str:
 def _number(item: object) -> float:
     try:
         return float(item.detach() if isinstance(item, Tensor) else item)  # type: ignore[arg-type]  # tensors and numbers of NumPy say by themselves whether they can
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ConfigError(
             f"reference: expected losses (numbers) or files (paths), and not both, got a {type(item).__name__}"
         ) from error

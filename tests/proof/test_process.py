@@ -151,6 +151,7 @@ def test_steps_are_counted_from_one(start: Path, steps: Any) -> None:
         (3.0, "expected losses, files or one file, got float"),
         ([1.0, "a", 2.0], r"expected losses \(numbers\) or files \(paths\), and not both, got a str"),
         ([torch.zeros(2)] * 3, "not both, got a Tensor"),
+        ([1.0, 2.0, 10**400], "not both, got a int"),
     ],
 )
 def test_a_reference_is_losses_or_files(start: Path, reference: Any, message: str) -> None:

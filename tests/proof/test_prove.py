@@ -112,6 +112,30 @@ def test_the_computed_weight_alone_is_found_out(tmp_path: Path) -> None:
     assert (proof.first.step, proof.first.name) == (1, "0.parametrizations.weight.original")
 
 
+@pytest.mark.usefixtures("here")
+def test_shards_go_on_as_one_file_does(tmp_path: Path) -> None:
+    run = cases.make_all()
+    cases.step_all(*run)
+    model, optimizer, state = run
+    kept = {"optimizer": optimizer, "state": state, "rng": True, "max_shard_size": 2000}
+    orthoserde.save(model, tmp_path / "start", **kept)  # type: ignore[arg-type]
+    losses = [float(cases.step_all(*run).detach())]
+    orthoserde.save(model, tmp_path / "1", **kept)  # type: ignore[arg-type]
+    assert (tmp_path / "start").is_dir()
+    proof = orthoserde.prove(tmp_path / "start", cases.make_all, cases.step_all, reference=tmp_path / "1", steps=1)
+    assert (proof.grade, proof.losses) == (Grade.BIT_EXACT, tuple(losses)), proof
+    assert not [note for note in proof.notes if "afresh" in note or "random generators" in note]
+    assert "optimizer.adam" in proof.compared
+
+
+def test_a_folder_without_a_checkpoint_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", None)
+    with pytest.raises(orthoserde.FileFormatError):
+        orthoserde.prove(tmp_path, cases.make_small, cases.step_small)
+
+
 def test_without_a_reference_two_loads_are_compared(tmp_path: Path) -> None:
     cases.save_and_go_on(tmp_path, cases.make_all(), cases.step_all, steps=0)
     proof = testing.assert_continues(tmp_path / "start", cases.make_all, cases.step_all, steps=2)

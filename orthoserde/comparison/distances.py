@@ -57,8 +57,12 @@ class Distance:
     not_comparable: int = 0
 
     def within(self, tolerance: float) -> bool:
-        """Whether they are identical, or apart by no more than this in relation to the first."""
-        return self.identical or (not self.not_comparable and self.relative <= tolerance)
+        """Whether they are identical, or apart by no more than this in relation to the first.
+
+        Without a tolerance (0) only what is identical counts: values may be equal in another dtype, or but for a sign
+        of zero.
+        """
+        return self.identical or (tolerance > 0 and not self.not_comparable and self.relative <= tolerance)
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,25 @@ def _rotation_angles(one: Tensor, two: Tensor) -> Tensor:
     return angles
 
 
+def gap(a: Tensor, b: Tensor) -> Tensor:
+    """``|a - b|`` by element.
+
+    Args:
+        a: Of any shape and dtype.
+        b: Of the same shape.
+
+    Returns:
+        float64: of two integers their true distance, rounded once; NaN where an infinity meets itself, or for NaN.
+    """
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    gaps = (a.to(wide) - b.to(wide)).abs()
+    if a.dtype != b.dtype or a.dtype not in (torch.int64, torch.uint64):
+        return gaps
+    # float64 has 53 bits. A difference in int64 wraps around, so it is right, of unsigned ones too, if it is not large.
+    near = (a.view(torch.int64) - b.view(torch.int64)).abs().to(torch.float64)
+    return torch.where(gaps < 2.0**62, near, gaps)
+
+
 class _Sums:
     """Collects what a distance is made of, block by block."""
 
@@ -171,11 +194,12 @@ class _Sums:
             self._identical = torch.equal(_bits(left), _bits(right))
         wide = torch.complex128 if left.is_complex() or right.is_complex() else torch.float64
         one, two = left.to(wide), right.to(wide)
-        same = (one == two) | (one.isnan() & two.isnan())
+        gaps = gap(left, right)
+        same = (gaps == 0) | (one == two) & one.isinf() | (one.isnan() & two.isnan())
         finite = one.isfinite() & two.isfinite()
         self._not_comparable += int((~finite & ~same).sum())
         none = torch.zeros((), dtype=torch.float64, device="cpu")
-        apart = torch.where(finite & ~same, (one - two).abs(), none)
+        apart = torch.where(finite, gaps, none)
         self._largest = max(self._largest, float(apart.max()) if apart.numel() else 0.0)
         self._apart = math.hypot(self._apart, _norm(apart))
         self._norm = math.hypot(self._norm, _norm(torch.where(finite, one.abs(), none)))

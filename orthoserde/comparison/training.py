@@ -53,7 +53,7 @@ def _difference(a: Checkpoint, one: JSON | _Stored, b: Checkpoint, two: JSON | _
         alike = isinstance(one, _Stored) is isinstance(two, _Stored)  # a string may read as a tensor is shown
         return None if alike and same(*shown) else shown
     left, right = a.manifest.tensors[one.key], b.manifest.tensors[two.key]
-    if left.shape != right.shape:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
         return _shown(a, one), _shown(b, two)
     distance = distances.between_sources(a.sources[one.key], left.dtype, b.sources[two.key], right.dtype)
     return None if distance.identical else distance

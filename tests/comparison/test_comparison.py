@@ -190,6 +190,32 @@ def test_a_tolerance_is_for_values_alone(tmp_path: Path) -> None:
     assert not compare(tmp_path / "a", tmp_path / "b", tolerance=math.inf).same
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64], ids=str)
+def test_integers_that_double_precision_takes_for_one_are_not_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    for name, number in (("a", 2**60), ("b", 2**60 + 1)):
+        count = torch.tensor([number], dtype=dtype)
+        orthoserde.save(Counting(count), tmp_path / name, state={"count": count})
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert report.differs_in == ("tensors", "training")
+    assert compare(tmp_path / "a", tmp_path / "b", tolerance=1e-12).same
+
+
+class Counting(nn.Module):
+    """A buffer, and nothing else."""
+
+    def __init__(self, count: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("count", count)
+
+
+def test_training_state_of_another_dtype_is_not_the_same(tmp_path: Path) -> None:
+    for name, dtype in (("a", torch.float32), ("b", torch.bfloat16)):
+        orthoserde.save(nn.Identity(), tmp_path / name, state={"average": torch.ones(2, dtype=dtype)})
+    report = compare(tmp_path / "a", tmp_path / "b", tolerance=1.0)
+    assert report.training == {"average": ("float32 of shape [2]", "bfloat16 of shape [2]")}
+    assert not report.same
+
+
 def trained(path: Path, change: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None) -> Path:
     model = make()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -111,6 +111,29 @@ def test_bits_and_values_are_two_things() -> None:
     assert between(zeros, zeros.double()) == Distance(identical=False, largest=0.0, relative=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64], ids=str)
+def test_large_integers_are_compared_as_integers(dtype: torch.dtype) -> None:
+    a = torch.tensor([2**60, 0, 1], dtype=dtype)
+    found = between(a, torch.tensor([2**60 + 1, 0, 1], dtype=dtype))
+    assert found == Distance(identical=False, largest=1.0, relative=2.0**-60)
+    assert not found.within(0.0)
+    assert found.within(1e-17)
+    most = torch.iinfo(torch.int64)
+    ends = torch.tensor([most.max]), torch.tensor([most.min])
+    assert between(*ends) == Distance(identical=False, largest=2.0**64, relative=2.0)
+    top = torch.tensor([-1]).view(torch.uint64)  # 2**64 - 1
+    assert between(top, torch.tensor([1]).view(torch.uint64)).largest == 2.0**64
+
+
+def test_without_a_tolerance_only_what_is_identical_is_within() -> None:
+    ones = torch.ones(3)
+    assert between(ones, ones.clone()).within(0.0)
+    for other in (ones.bfloat16(), ones.double()):
+        assert not between(ones, other).within(0.0)
+    assert not between(torch.zeros(1), -torch.zeros(1)).within(0.0)
+    assert between(torch.zeros(1), -torch.zeros(1)).within(1e-30)
+
+
 def test_what_is_not_finite_is_counted_and_never_lost() -> None:
     nan, inf = math.nan, math.inf
     a = torch.tensor([nan, inf, 1.0, nan, inf, 2.0])

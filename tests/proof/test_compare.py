@@ -28,6 +28,7 @@ class Parts(nn.Module):
         self.register_buffer("halves", torch.linspace(-1, 1, 6, dtype=torch.bfloat16))
         self.register_buffer("pairs", torch.full((2, 2), 1 + 2j))
         self.register_buffer("count", torch.tensor(1000000))
+        self.register_buffer("large", torch.tensor([2**60]))
         self.register_buffer("nothing", torch.zeros(0, 3))
         self.register_buffer("zero", torch.zeros(2))
         self.register_buffer("odd", torch.tensor([math.nan, math.inf, 1.0]))
@@ -66,6 +67,7 @@ def test_what_is_equal_does_not_differ(parts: tuple[Parts, Path]) -> None:
         ("pairs", 1e-5, True),
         ("pairs", 1e-4j, False),
         ("count", 1, False),
+        ("large", 1, False),
         ("zero", 1e-30, False),
         ("zero", -0.0, True),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -387,9 +387,43 @@ def test_state_that_cannot_go_along_is_refused(
         assert original_of(model) not in optimizer.state
 
 
-@pytest.mark.parametrize("optimizer", [True, 3, [nn.Linear(2, 2)], nn.Linear(2, 2)], ids=str)
+class AcceleratedOptimizer(Optimizer):
+    """As accelerate's wrapper is: an optimizer that hands everything on."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__(self, "__dict__")
+        return own[name] if name in own else getattr(own["optimizer"], name)
+
+
+AcceleratedOptimizer.__module__ = "accelerate.optimizer"
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda optimizer: {"main": optimizer},
+        lambda optimizer: [optimizer, optimizer],
+        AcceleratedOptimizer,
+        lambda optimizer: {"main": AcceleratedOptimizer(optimizer)},
+    ],
+    ids=["by name", "twice", "of accelerate", "both"],
+)
+def test_optimizers_are_taken_as_a_save_takes_them(give: Callable[[Optimizer], Any]) -> None:
+    model = torch_model((40, 5), "householder")
+    optimizer = momentum(model.parameters())
+    train(model, optimizer, 2)
+    before = optimizer.state[original_of(model)]["momentum_buffer"].clone()
+    report = orthoserde.canonicalize_(model, optimizer=give(optimizer))
+    assert report.canonicalized
+    assert not torch.equal(optimizer.state[original_of(model)]["momentum_buffer"], before)
+
+
+@pytest.mark.parametrize("optimizer", [True, 3, [nn.Linear(2, 2)], nn.Linear(2, 2), {"a": None}], ids=str)
 def test_what_is_no_optimizer_is_a_type_error(optimizer: object) -> None:
-    with pytest.raises(TypeError, match="optimizer: expected torch optimizers, False or None, got"):
+    with pytest.raises(TypeError, match=r"^optimizer.*: expected a torch.optim.Optimizer, got .*; if there is "):
         orthoserde.canonicalize_(nn.Linear(2, 2), optimizer=optimizer)  # type: ignore[arg-type]
 
 

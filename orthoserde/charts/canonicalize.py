@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from orthoserde import modes
 from orthoserde.arguments import check_flags
 from orthoserde.charts.apply import carry_out
 from orthoserde.charts.plan import make_plan
-from orthoserde.charts.states import optimizers_of
+from orthoserde.charts.states import given_optimizers
+from orthoserde.optimizers import Optimizers
 from orthoserde.reports import CanonicalizeReport
 
 
 def canonicalize_(
     model: nn.Module,
     *,
-    optimizer: Optimizer | Iterable[Optimizer] | Literal[False] | None = None,
+    optimizer: Optimizers | Literal[False] | None = None,
     reset_state: bool = False,
 ) -> CanonicalizeReport:
     """Give the orthogonal parametrizations of a live model canonical bases, in place.
@@ -36,10 +35,11 @@ def canonicalize_(
         model: Any module. Looked at are tensors with ``torch.nn.utils.parametrizations.orthogonal``, real or complex,
             single matrices ``(n, k)`` and batches ``(..., n, k)``, in float32 or better; others are left as they are.
             Square weights, weights without trivialization and bases that are canonical already stay too.
-        optimizer: All optimizers that train the model, one or several; ``False`` if there is none. It has to be given
-            once training has begun. Its state may only be that of ``torch.optim.SGD`` itself: Adam and its kin keep
-            numbers for each coordinate, which mean nothing in others. State that is empty or zero is never in the way.
-            What an optimizer keeps elsewhere, or does with coordinates without keeping any, is not seen.
+        optimizer: All optimizers that train the model: one, an iterable, or a mapping of names; ``False`` if there is
+            none. It has to be given once training has begun. Its state may only be that of ``torch.optim.SGD`` itself:
+            Adam and its kin keep numbers for each coordinate, which mean nothing in others. State that is empty or zero
+            is never in the way. What an optimizer keeps elsewhere, or does with coordinates without keeping any, is not
+            seen.
         reset_state: Whether state that cannot go along is removed instead, so that the optimizer starts afresh, for
             these tensors alone.
 
@@ -65,7 +65,7 @@ def canonicalize_(
     orthoserde/charts/turn.py; Note [Equivariant optimizers] in orthoserde/charts/states.py.
     """
     check_flags(reset_state=reset_state)
-    optimizers = optimizers_of(optimizer)
+    optimizers = given_optimizers(optimizer)
     with modes.undisturbed(), torch.no_grad():
         reports, changes = make_plan(model, optimizers, reset=reset_state)
         reports |= {change.chart.name: carry_out(change) for change in changes}

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from orthoserde import _torch
 from orthoserde.charts.turn import Turn
 from orthoserde.errors import Problem
+from orthoserde.optimizers import optimizers_of
 from orthoserde.tensor_bytes import may_overlap
 from orthoserde.wording import shorten
 
@@ -55,7 +56,7 @@ class States:
     problems: list[Problem]
 
 
-def optimizers_of(argument: object) -> tuple[Optimizer, ...] | None:
+def given_optimizers(argument: object) -> tuple[Optimizer, ...] | None:
     """The optimizers that a caller gave: one, several, none (``False``), or nothing said (None).
 
     Raises:
@@ -65,13 +66,10 @@ def optimizers_of(argument: object) -> tuple[Optimizer, ...] | None:
         return None
     if argument is False:
         return ()
-    given = [argument] if isinstance(argument, Optimizer) or not isinstance(argument, Iterable) else list(argument)
-    optimizers: dict[int, Optimizer] = {}
-    for each in given:
-        if not isinstance(each, Optimizer):
-            raise TypeError(f"optimizer: expected torch optimizers, False or None, got {type(each).__name__}")
-        optimizers[id(each)] = each
-    return tuple(optimizers.values())
+    try:
+        return tuple(optimizers_of(argument).values())
+    except TypeError as error:
+        raise TypeError(f"{error}; if there is none, give optimizer=False") from error
 
 
 def holds(optimizer: Optimizer, parameter: Tensor) -> bool:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
-from torch.optim import Optimizer
 
 from orthoserde import _torch, modes
 from orthoserde.errors import TrainingTrapWarning
 from orthoserde.integrations import in_process
+from orthoserde.optimizers import Optimizers, optimizers_of
 from orthoserde.registry import Registry
 from orthoserde.reports import Finding, Severity
 from orthoserde.traps import optimizers as held
 from orthoserde.traps import sharing, state
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
 from orthoserde.wording import SHOWN
-
-#: What takes the place of one optimizer.
-Optimizers = Optimizer | Iterable[Optimizer] | Mapping[str, Optimizer]
 
 
 def diagnose(model: nn.Module, optimizer: Optimizers | None = None) -> list[Finding]:
@@ -53,7 +50,7 @@ def diagnose(model: nn.Module, optimizer: Optimizers | None = None) -> list[Find
         [('weight', 'weight-decay-householder')]
     """
     inventory = take_inventory(model)
-    optimizers = held.optimizers_of(optimizer)
+    optimizers = optimizers_of(optimizer)
     registry = in_process(None)
     found = list(sharing.autocast(inventory))
     with modes.undisturbed():
@@ -96,7 +93,7 @@ def warn_of_traps(model: nn.Module, optimizer: Optimizers | None = None) -> None
         model: The module.
         optimizer: As for :func:`diagnose`.
     """
-    places = held.held_by(held.optimizers_of(optimizer))
+    places = held.held_by(optimizers_of(optimizer))
     if not any(_is_trapped(chain, places) for chain in _torch.all_parametrizations(model)):
         return
     inventory = take_inventory(model)

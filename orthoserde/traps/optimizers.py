@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orthoserde import _torch
-from orthoserde.optimizers import as_optimizer, is_optimizer
 from orthoserde.registry import Registry
 from orthoserde.reports import Finding, Severity
 from orthoserde.traps.state import has_elements, is_finite, is_orthogonal, map_of
@@ -47,30 +46,6 @@ class Held:
         """A setting of the group, 0 where there is none; some optimizers keep tensors."""
         value = self.group.get(setting)
         return float(value) if isinstance(value, (int, float, Tensor)) else 0.0
-
-
-def optimizers_of(argument: object) -> dict[str, Optimizer]:
-    """The optimizers that a caller gave, by what they are called in texts; each once.
-
-    Raises:
-        TypeError: It is neither an optimizer nor None, nor are the entries of it, an iterable or a mapping.
-    """
-    if argument is None:
-        return {}
-    if isinstance(argument, Mapping):
-        named = {f"optimizer {name!r}": each for name, each in argument.items()}
-        given = [(label, as_optimizer(each, label)) for label, each in named.items()]
-    elif isinstance(argument, Iterable) and not is_optimizer(argument):
-        several = [as_optimizer(each, f"optimizer {i}") for i, each in enumerate(argument)]
-        given = [(f"optimizer {i} ({type(each).__name__})", each) for i, each in enumerate(several)]
-    else:
-        single = as_optimizer(argument, "optimizer")
-        given = [(type(single).__name__, single)]
-    found: dict[str, Optimizer] = {}
-    for label, optimizer in given:
-        if not any(optimizer is other for other in found.values()):
-            found[label] = optimizer
-    return found
 
 
 def held_by(optimizers: Mapping[str, Optimizer]) -> dict[int, list[Held]]:

@@ -109,13 +109,26 @@ def _do(job: _Job[Result], unseen: list[BackgroundSaveError]) -> None:
     try:
         job.result = job.work[0]()
     except BaseException as error:  # whatever it is, the thread has nobody else to tell
-        traceback.clear_frames(error.__traceback__)  # see Note [Ends]: what failed holds nothing
+        for each in _chain(error):
+            traceback.clear_frames(each.__traceback__)  # see Note [Ends]: what failed holds nothing
         job.error = BackgroundSaveError(f"{job.what} failed in the background: {str(error) or type(error).__name__}")
         job.error.__cause__ = error
         unseen.append(job.error)
     finally:
         job.work.clear()
         job.ended.set()
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and all that it came from, each once."""
+    found: dict[int, BaseException] = {}
+    pending: list[BaseException | None] = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None and id(each) not in found:
+            found[id(each)] = each
+            pending += [each.__cause__, each.__context__]
+    return list(found.values())
 
 
 def _tell(unseen: list[BackgroundSaveError]) -> None:

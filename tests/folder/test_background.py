@@ -3,7 +3,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -261,6 +263,30 @@ def test_a_real_failure_is_raised_with_what_the_system_said(tmp_path: Path, gate
         checkpoints.wait()
     assert isinstance(caught.value.__cause__, orthoserde.FileAccessError)
     assert caught.value.__cause__.filename == str(checkpoints.path(1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+def test_a_failure_in_the_middle_of_a_file_does_not_hold_the_copy_of_the_model(tmp_path: Path, gate: Gate) -> None:
+    import resource  # noqa: PLC0415 - not there on Windows
+
+    checkpoints = orthoserde.Checkpoints(tmp_path)
+    checkpoints.save(1, nn.Linear(400, 400), wait=False)
+    assert checkpoints._memory is not None
+    copied = [weakref.ref(each.tensor) for each in checkpoints._memory.sources.values() if isinstance(each, LiveTensor)]
+    assert len(copied) == 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        gate.opened.set()
+        with pytest.raises(orthoserde.BackgroundSaveError, match="cannot write") as caught:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.close()
+    gc.collect()
+    assert isinstance(caught.value.__cause__, orthoserde.FileAccessError)
+    assert isinstance(caught.value.__cause__.__cause__, OSError)
+    assert [each() for each in copied] == [None, None]
 
 
 def test_what_can_be_refused_at_once_is(tmp_path: Path, gate: Gate) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import orthoserde
 from orthoserde import FileAccessError
 from orthoserde.integrations import pyreft
+from tests.helpers import assert_unchanged, snapshot
 
 
 def untyped(given: object) -> Any:
@@ -155,6 +156,40 @@ def test_other_arguments_say_what_they_got(tmp_path: Path) -> None:
         orthoserde.save(model, path, optimizer=scheduler)
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got list; several go in by names"):
         orthoserde.save(model, path, optimizer=untyped([scheduler.optimizer]))
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "cuda:9999", "meta"])
+def test_a_device_that_cannot_be_used_is_refused_before_anything_changes(tmp_path: Path, device: str) -> None:
+    registry = orthoserde.Registry()
+    registered = registry.register("tests.arguments>Layer")(Layer)
+    orthoserde.save(registered(), tmp_path / "m", registry=registry)
+    model = registered()
+    before = snapshot(model)
+    with pytest.raises(orthoserde.ConfigError, match=r"^device: "):
+        orthoserde.load(model, tmp_path / "m", registry=registry, device=device)
+    with pytest.raises(orthoserde.ConfigError, match=r"^device: "):
+        orthoserde.build(tmp_path / "m", registry=registry, device=device)
+    assert_unchanged(model, before)
+
+
+class Layer(nn.Linear):
+    """Can be built from nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+
+@pytest.mark.parametrize("device", [object(), True, 1.5], ids=str)
+def test_what_is_no_device_is_a_type_error(tmp_path: Path, device: object) -> None:
+    orthoserde.save(nn.Linear(2, 2), tmp_path / "m")
+    with pytest.raises(TypeError, match=r"^device: expected a torch\.device or a name such as 'cuda:0', got "):
+        orthoserde.load(nn.Linear(2, 2), tmp_path / "m", device=untyped(device))
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "a\ud800b"], ids=ascii)
+def test_a_folder_of_checkpoints_that_no_file_system_can_have_is_refused(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(FileAccessError, match=r"null|surrogate"):
+        orthoserde.Checkpoints(f"{tmp_path}/{folder}")
 
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:

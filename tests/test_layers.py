@@ -60,6 +60,7 @@ FLOORS = {
 #: Arrows between rooms on one floor; each points one way.
 SIDEWAYS = {
     ("arguments", "errors"),
+    ("arguments", "wording"),
     ("modes", "_torch"),
     ("modes", "errors"),
     ("errors", "wording"),

@@ -87,6 +87,15 @@ def test_only_modules_can_be_registered() -> None:
         Registry().register("tests>int")(int)  # type: ignore[type-var]
 
 
+@pytest.mark.parametrize(("given", "hint"), [(object(), ""), (nn.Linear, "; a class is registered with register()")])
+def test_what_is_no_codec_is_refused(given: Any, hint: str) -> None:
+    registry = Registry()
+    with pytest.raises(RegistrationError, match=r"^expected a Codec, got .*, which lacks .*from_weight") as caught:
+        registry.add(given)
+    assert str(caught.value).endswith(hint or "upgrade")
+    assert len(registry) == 0
+
+
 def test_two_classes_under_one_kind_are_refused() -> None:
     registry = Registry()
     registry.register("tests>A")(type("A", (nn.Module,), {}))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthoserde.api import Base, Prepared, prepare
-from orthoserde.arguments import check_flags, target_of
+from orthoserde.arguments import check_flags, folder_of
 from orthoserde.capture import Select
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, FileAccessError, FileFormatError
@@ -70,6 +70,8 @@ class Checkpoints:
 
     Raises:
         ConfigError: An argument is none of these.
+        TypeError: The folder is no path.
+        FileAccessError: The folder has a name that none can have.
 
     Example:
         >>> import tempfile, torch, orthoserde
@@ -90,7 +92,7 @@ class Checkpoints:
         mode: Mode = "min",
         prefix: str = "step",
     ) -> None:
-        self._files = Files(os.path.abspath(target_of(folder, "folder")), record.checked_prefix(prefix))
+        self._files = Files(folder_of(folder), record.checked_prefix(prefix))
         self._keep = record.checked_keep(keep)
         self._mode = record.checked_mode(mode)
         self._background: Background[SaveReport] = Background()

@@ -92,10 +92,12 @@ class Registry:
         Raises:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.
         """
+        if not isinstance(codec, Codec):
+            hint = "; a class is registered with register()" if inspect.isclass(codec) else ""
+            got = f"{type(codec).__qualname__}, which lacks {', '.join(_missing_of(codec))}"
+            raise RegistrationError(f"expected a Codec, got {got}{hint}")
         cls, kind = codec.type, codec.kind
         _check_kind(kind)
-        if not isinstance(codec, Codec):
-            raise RegistrationError(f"{kind!r}: {type(codec).__qualname__} does not have all that a Codec has")
         if type(codec.version) is not int or codec.version < 1:
             raise RegistrationError(f"{kind!r}: expected a version from 1, got {codec.version!r}")
         candidate: object = cls
@@ -175,6 +177,12 @@ def _check_kind(kind: object) -> None:
         raise RegistrationError(
             f"{kind!r}: expected a kind of the form 'package>Name', as in register('mylab>Symmetric')"
         )
+
+
+def _missing_of(codec: object) -> list[str]:
+    """Which attributes and methods of a Codec something does not have."""
+    members = (*Codec.__annotations__, *(name for name in vars(Codec) if not name.startswith("_")))
+    return [name for name in members if not hasattr(codec, name)]
 
 
 def _identity(cls: type) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from orthoserde import _torch, modes
+from orthoserde.arguments import device_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import (
     ConfigError,
@@ -55,9 +56,7 @@ def restore(
         DamagedFileError: A digest does not match; nothing has changed.
         LoadInterruptedError: Reading failed after the first write.
     """
-    where = torch.device("cpu") if device is None else torch.device(device)
-    if where.type == "meta":
-        raise ConfigError("device: expected a device with memory, got 'meta'")
+    where = device_of(device)
     if legacy not in get_args(Legacy):
         raise ConfigError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
     with modes.undisturbed():
@@ -173,6 +172,7 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
         ConfigError: The root is not registered, there or here, or its class does not take the configuration.
         IncompatibleModelError: The class makes a model that does not fit.
     """
+    where = device_of(device)
     checkpoint = checkpoint.without_training()
     if checkpoint.manifest.left_out:
         checkpoint = _adapter_alone(checkpoint)
@@ -195,8 +195,8 @@ def build_model(checkpoint: Checkpoint, registry: Registry, device: torch.device
                 f"{checkpoint.origin}: does not have the arguments of {root.kind}, for they were not JSON; make the "
                 "model yourself and use load (or give the class get_config and from_config, and save again)"
             )
-        model = codec.build(config, torch.empty(0, device=torch.device("cpu" if device is None else device)))
-    restore(checkpoint, model, registry, device=device)
+        model = codec.build(config, torch.empty(0, device=where))
+    restore(checkpoint, model, registry, device=where)
     return model
 
 

@@ -109,7 +109,7 @@ def test_the_computed_weight_of_a_shared_module_is_added_once_and_found_under_al
     elsewhere = nn.Sequential(plain, plain)
     missing, _ = safetensors.torch.load_model(elsewhere, tmp_path / "m", strict=False)
     assert not missing
-    assert torch.equal(plain.weight, shared.weight)
+    assert torch.equal(plain.weight, cast("Tensor", shared.weight))
 
 
 def test_a_weight_that_its_class_cannot_compute_alone_is_not_added(tmp_path: Path) -> None:
@@ -117,6 +117,8 @@ def test_a_weight_that_its_class_cannot_compute_alone_is_not_added(tmp_path: Pat
 
     @registry.register("tests.build>Fixed")
     class Fixed(nn.Module):
+        fixed: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("fixed", torch.eye(3), persistent=False)

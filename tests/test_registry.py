@@ -539,6 +539,8 @@ def test_the_reports_say_what_is_not_known_of_a_registered_class(tmp_path: Path)
 class Turned(nn.Module):
     """With a parameter, a buffer and a child of its own, all of which take part."""
 
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((3,), 1 / 3))
@@ -547,7 +549,8 @@ class Turned(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """Use them all."""
-        return X * self.scale + self.mix(X) + self.shift
+        turned: Tensor = X * self.scale + self.mix(X) + self.shift
+        return turned
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")

@@ -92,9 +92,10 @@ class Registry:
         Raises:
             RegistrationError: The kind is malformed, or another class has it, or the class has another kind.
         """
-        if not isinstance(codec, Codec):
-            hint = "; a class is registered with register()" if inspect.isclass(codec) else ""
-            got = f"{type(codec).__qualname__}, which lacks {', '.join(_missing_of(codec))}"
+        given: object = codec
+        if not isinstance(given, Codec):
+            hint = "; a class is registered with register()" if inspect.isclass(given) else ""
+            got = f"{type(given).__qualname__}, which lacks {', '.join(_missing_of(given))}"
             raise RegistrationError(f"expected a Codec, got {got}{hint}")
         cls, kind = codec.type, codec.kind
         _check_kind(kind)

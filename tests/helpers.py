@@ -347,3 +347,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def assert_finite(error: BaseException) -> None:
+    """Causes and contexts of an error come to an end."""
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None:
+            assert not any(each is other for other in (each.__cause__, each.__context__))
+            assert len(seen) < 20
+            seen.append(each)
+            pending += [each.__cause__, each.__context__]

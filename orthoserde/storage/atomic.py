@@ -49,6 +49,8 @@ def replacing(
         mode = mode if replaced is None else replaced
         remove_leftovers_of(name)  # first, for they may be what fills the disk
         temporary, descriptor = create_temporary(name)
+    except FileAccessError:
+        raise
     except OSError as error:
         raise refused(error, f"cannot create the {what}", name, previous=replaced is not None) from error
     except ValueError as error:  # a NUL in the path
@@ -63,7 +65,7 @@ def replacing(
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, FileAccessError):
             raise refused(error, f"cannot write the {what}", name, previous=replaced is not None) from error
         raise
     try:
@@ -101,13 +103,11 @@ def refused(error: OSError, what: str, name: str, *, previous: bool) -> FileAcce
     """What a save says of an error of the system.
 
     Args:
-        error: The error.
+        error: The error, which says no more than the system did.
         what: What could not be done.
         name: The file or folder.
         previous: Whether there was a file before, of which is said that it was not lost.
     """
-    if isinstance(error, FileAccessError):
-        return error
     kept = ", the previous file is untouched" if previous else ""
     folder = os.path.dirname(name)
     if isinstance(error, FileNotFoundError) and not os.path.isdir(folder):

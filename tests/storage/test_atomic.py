@@ -22,6 +22,7 @@ from orthoserde import storage
 from orthoserde.errors import CommitUncertainError, FileAccessError
 from orthoserde.storage.atomic import replacing
 from orthoserde.storage.leftovers import ABANDONED_SECONDS, TEMPORARY_MARK
+from tests.helpers import assert_finite
 from tests.storage.strategies import checkpoint_of
 
 if sys.platform != "win32":
@@ -360,6 +361,17 @@ def test_an_error_of_reading_another_checkpoint_in_the_block_keeps_the_name_of_t
         raise error
     assert caught.value is error
     assert_untouched(target)
+
+
+def test_an_error_is_not_its_own_cause(target: Path) -> None:
+    """Whoever prints a traceback would follow it for ever."""
+    error = FileAccessError(errno.EIO, "cannot read the checkpoint", "the source")
+    with pytest.raises(FileAccessError) as caught, replacing(target):
+        raise error
+    assert_finite(caught.value)
+    with pytest.raises(FileAccessError, match="but a folder; max_shard_size saves into one") as caught:
+        save_to(target.parent)
+    assert_finite(caught.value)
 
 
 def _no_space(*args: object, **kwargs: object) -> None:

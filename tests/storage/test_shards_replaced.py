@@ -16,7 +16,8 @@ from torch import nn
 
 import orthoserde
 from orthoserde.errors import FileAccessError
-from orthoserde.storage.shards import writing
+from orthoserde.storage.shards import standing, writing
+from tests.helpers import assert_finite
 from tests.storage.shard_cases import (
     INDEX,
     LIMIT,
@@ -42,6 +43,25 @@ def test_what_fits_into_one_shard_is_one_file(tmp_path: Path) -> None:
 def test_a_model_without_tensors_is_one_file(tmp_path: Path) -> None:
     orthoserde.save(nn.ReLU(), tmp_path / "folder", max_shard_size=1)
     assert names(tmp_path / "folder") == [SINGLE]
+
+
+def test_an_error_of_ours_in_the_middle_of_a_save_is_not_its_own_cause(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = FileAccessError(28, "no space", "a shard")
+
+    def refuse(*args: object) -> None:
+        raise error
+
+    for place, name in ((writing, "_free_names"), (standing, "mode_of")):
+        before = names(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, refuse)
+            with pytest.raises(FileAccessError) as caught:
+                orthoserde.save(make(2.0), folder, max_shard_size=LIMIT)
+        assert caught.value is error
+        assert_finite(error)
+        assert names(folder) == before
 
 
 SIZES: list[int | str] = [1, LIMIT, LIMIT, 500, "1GB", "1GB", 200, "1GB", LIMIT]

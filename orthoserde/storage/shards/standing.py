@@ -59,6 +59,8 @@ class Standing:
         read_by = single if has_single else index
         try:
             return cls(folder, has_single, shards or frozenset(), mode_of(read_by))
+        except FileAccessError:
+            raise
         except OSError as error:
             raise refused(error, "cannot replace the checkpoint", read_by, previous=True) from error
 

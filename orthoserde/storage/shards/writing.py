@@ -138,7 +138,7 @@ def _write(
         _place_index(index_path, text, standing)
     except BaseException as error:
         _discard(staged, placed, index_path, text)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, FileAccessError):
             raise refused(error, "cannot write the checkpoint", standing.folder, previous=standing.has_any) from error
         raise
     return sum(shard.size for shard in shards) + len(text), [*names, INDEX]

@@ -13,6 +13,7 @@ from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, UnsupportedModuleError
 from orthoserde.storage.atomic import replacing
 from orthoserde.storage.container import byte_size, encode_header, storage_order
+from orthoserde.storage.format import FORBIDDEN_TENSOR_KEYS
 from orthoserde.storage.writer import write_all
 
 
@@ -29,7 +30,7 @@ def write_plain(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         The size of the file in bytes.
 
     Raises:
-        ConfigError: It holds a complex128 tensor, which safetensors does not have.
+        ConfigError: It holds a complex128 tensor or a name that safetensors does not have.
         FileAccessError: The system refused something; the previous file is untouched.
         CommitUncertainError: The file is in place, but perhaps not durably.
         FileFormatError: Too many tensors for one header.
@@ -44,6 +45,12 @@ def write_plain(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
         raise ConfigError(
             f"{checkpoint.origin}: {wide[0]} is complex128, which safetensors does not have; give a file name that "
             "ends in .pt, for a file of torch.save"
+        )
+    taken = FORBIDDEN_TENSOR_KEYS.intersection(forms)
+    if taken:
+        raise ConfigError(
+            f"{checkpoint.origin}: a tensor is called {min(taken)!r}, which has another meaning in safetensors files; "
+            "rename it, or give a file name that ends in .pt, for a file of torch.save"
         )
     ordered = {name: forms[name] for name in storage_order(forms)}
     header = encode_header(ordered, {"format": "pt"})

@@ -170,6 +170,11 @@ def _checked(content: object, name: str) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str):
             raise FileFormatError(f"{name}: expected keys that are strings, got {type(key).__name__}")
+        try:
+            key.encode("utf-8")
+        except UnicodeEncodeError as error:
+            text = f"{name}: the key {key[:64]!r} is no valid Unicode; rename it, and save again"
+            raise FileFormatError(text) from error
         if not isinstance(value, Tensor):
             raise FileFormatError(
                 f"{name}: expected a flat state dict of tensors, got {type(value).__name__} under {key[:64]!r}"

@@ -81,6 +81,16 @@ def test_complex128_is_refused_with_what_to_do(tmp_path: Path) -> None:
     write_torch(wide, tmp_path / "m.pt")
 
 
+@pytest.mark.parametrize("aliases", [{}, {"__metadata__": "x"}], ids=["itself", "another name"])
+def test_a_name_that_means_something_else_in_a_header_is_refused(aliases: dict[str, str], tmp_path: Path) -> None:
+    key = "x" if aliases else "__metadata__"
+    named = checkpoint_of({key: torch.zeros(2)}, aliases)
+    with pytest.raises(ConfigError, match=r"'__metadata__', which has another meaning .*ends in \.pt"):
+        write_plain(named, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+    write_torch(named, tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize("write", [write_plain, write_torch])
 @pytest.mark.parametrize("writes", [0, 1, 3, 5])
 def test_a_full_disk_leaves_the_earlier_file(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orthoserde import storage
+from orthoserde import FileFormatError, storage
 from orthoserde.storage import pickles
 from tests.helpers import same_bits
 
@@ -53,6 +53,12 @@ def test_a_state_dict_comes_back(which: str, zipped: bool, tmp_path: Path) -> No
     found = read(tmp_path / "m")
     assert found.keys() == STATES[which].keys()
     assert all(same_bits(found[key], STATES[which][key]) for key in found)
+
+
+def test_a_key_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1), "b\udc80": torch.ones(1)}, tmp_path / "m")
+    with pytest.raises(FileFormatError, match=r"m: the key 'b\\udc80' is no valid Unicode; rename it"):
+        storage.read(tmp_path / "m")
 
 
 def test_dtypes_of_the_newer_form_come_back(tmp_path: Path) -> None:

@@ -39,6 +39,22 @@ def target_of(path: object, what: str = "path") -> str:
     return name
 
 
+def check_file_name(path: str, otherwise: str = "") -> None:
+    """Refuse a path to write one file to that ends as the name of a folder does: the system would drop that end.
+
+    Args:
+        path: The path.
+        otherwise: What the caller can do to write a folder; nothing by default.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if os.path.basename(path) in ("", os.curdir, os.pardir):
+        raise ConfigError(
+            f"{path}: ends as the name of a folder does, and one file is written; give the name of a file{otherwise}"
+        )
+
+
 def folder_of(path: object, what: str = "folder") -> str:
     """The absolute path of a folder, which need not be there yet.
 

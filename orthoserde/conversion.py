@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from orthoserde import storage
-from orthoserde.arguments import check_flags, path_of, target_of
+from orthoserde.arguments import check_file_name, check_flags, path_of, target_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations import in_process
@@ -27,9 +27,6 @@ Form = Literal["dense", "compact", "baked", "hooks", "torch", "pyreft", "pyreft-
 
 #: Endings of file names for which a plain state dict is written by ``torch.save``.
 TORCH_ENDINGS = (".pt", ".pth", ".bin")
-
-#: What the name of a folder may end in.
-_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 #: Sorts of files that are written.
 OURS, PLAIN, TORCH, PYREFT = "orthoserde file", "plain safetensors file", "file of torch.save", "folder of pyreft's"
@@ -333,10 +330,8 @@ def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> 
         if not is_folder:
             raise FileAccessError(errno.EISDIR, "is a folder; give the name of a file", target)
         return  # an empty one will do, and whoever writes it looks
-    if not is_folder and target.endswith(_SEPARATORS):
-        raise ConfigError(
-            f"{target}: ends as the name of a folder does, and one file is written; give the name of a file"
-        )
+    if not is_folder:
+        check_file_name(target)
     if os.path.lexists(target) and (is_folder or not force):
         hint = (
             "give the name of a folder" if is_folder else "give another name, or replace it with force=True (--force)"

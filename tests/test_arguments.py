@@ -81,6 +81,23 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, size: str | None) -
     assert not (tmp_path / "missing").exists()
 
 
+@pytest.mark.parametrize("name", ["ckpt/", "ckpt/.", "ckpt/..", ".", "there/"])
+def test_one_file_is_not_saved_under_the_name_of_a_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system would drop the end of the name, and the report would give a path that cannot be opened."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    model = nn.Linear(2, 2)
+    with pytest.raises(
+        orthoserde.ConfigError, match=r"ends as the name of a folder does.*; max_shard_size saves into a folder$"
+    ):
+        orthoserde.save(model, name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    report = orthoserde.save(model, "ckpt/", max_shard_size="1GB")
+    assert orthoserde.load(model, report.path).fidelity is orthoserde.Fidelity.EXACT
+
+
 def test_a_state_dict_is_no_model(tmp_path: Path) -> None:
     state: Any = nn.Linear(2, 2).state_dict()
     with pytest.raises(

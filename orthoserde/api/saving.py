@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from orthoserde import storage
 from orthoserde.api.neighbours import with_neighbours
-from orthoserde.arguments import check_flags, target_of
+from orthoserde.arguments import check_file_name, check_flags, target_of
 from orthoserde.capture import Select, capture
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError
@@ -109,8 +109,8 @@ def save(
             or meta tensors, sparse layouts); every such place is listed, and nothing is written.
         ConfigError: A ``get_config`` returns other than JSON, ``metadata`` holds other than strings, ``select`` is
             something else or selects nothing, or ``base`` is none of these, or ``"compact"`` where that cannot be; the
-            optimizer holds parameters that the model does not have, or training state is of other types; or
-            ``max_shard_size`` is not a size.
+            optimizer holds parameters that the model does not have, or training state is of other types;
+            ``max_shard_size`` is not a size; or the path of one file ends as the name of a folder does.
         MissingPackageError: ``max_shard_size`` was given, and huggingface_hub is not installed.
         TypeError: An argument is of another type: ``model`` is no module, ``path`` no path, ``optimizer`` no optimizer,
             ``state`` no mapping.
@@ -132,6 +132,8 @@ def save(
     """
     check_model(model)
     name = target_of(path)
+    if max_shard_size is None:
+        check_file_name(name, "; max_shard_size saves into a folder")
     prepared = prepare(
         model,
         optimizer=optimizer,

@@ -14,7 +14,7 @@ from orthoserde.arguments import check_file_name, check_flags, path_of, target_o
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations import in_process
-from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, ParametrizedRecord
+from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, Manifest, ParametrizedRecord
 from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
 from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
@@ -126,11 +126,12 @@ def convert(
     if is_folder:
         return _to_pyreft(origin, goal, form)
     with open_checkpoint(origin) as found:
+        _check_name(goal, form, found.manifest)
         changed, notes = _FORMS[form](watched(found, progress or no_progress, verify=True), in_process(registry))
         if form in ("baked", "hooks") and goal.lower().endswith(TORCH_ENDINGS):
             changed, more = _plain(changed)
             notes += more
-        sort, written = _write(changed, goal, form)
+        sort, written = _write(changed, goal)
         if sort != OURS and found.manifest.metadata:
             notes = (*notes, "metadata was left out: such a file has no place for it")
         return ConversionReport(
@@ -256,17 +257,20 @@ def _without(checkpoint: Checkpoint, keys: tuple[str, ...]) -> Checkpoint:
     return dataclasses.replace(checkpoint, manifest=changed, sources={key: checkpoint.sources[key] for key in tensors})
 
 
-def _write(checkpoint: Checkpoint, target: str, form: str) -> tuple[str, int]:
+def _check_name(target: str, form: str, source: Manifest) -> None:
+    """Refuse a name of torch.save's for what will be a file of ours, before anything is worked out."""
+    if form in ("dense", "compact") and source.has_configuration and target.lower().endswith(TORCH_ENDINGS):
+        raise ConfigError(
+            f"{target}: {form} is written as a safetensors file, and the name ends as those of torch.save do; give "
+            "another name, or the form torch"
+        )
+
+
+def _write(checkpoint: Checkpoint, target: str) -> tuple[str, int]:
     """Write a checkpoint; the sort of file, and its size."""
-    by_torch = target.lower().endswith(TORCH_ENDINGS)
     if checkpoint.manifest.has_configuration:
-        if by_torch:
-            raise ConfigError(
-                f"{target}: {form} is written as a safetensors file, and the name ends as those of torch.save do; "
-                "give another name, or the form torch"
-            )
         return OURS, storage.write(checkpoint, target)
-    if by_torch:
+    if target.lower().endswith(TORCH_ENDINGS):
         return TORCH, storage.write_torch(checkpoint, target)
     return PLAIN, storage.write_plain(checkpoint, target)
 

@@ -223,8 +223,12 @@ class TestRefusals:
                 convert(source, tmp_path, form, force=True)
 
     def test_a_name_of_torchs_for_a_file_of_ours_is_refused(self, source: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="or the form torch"):
-            convert(source, tmp_path / "x.pt", "dense")
+        def refuse(count: int) -> None:
+            raise AssertionError("something was read")
+
+        for form in ("dense", "compact"):
+            with pytest.raises(ConfigError, match="or the form torch"):
+                convert(source, tmp_path / "x.pt", form, progress=refuse)
 
     def test_a_file_that_is_no_reft_model_gives_no_folder(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"not saved from a ReftModel.*load it into the ReftModel"):

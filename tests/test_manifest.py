@@ -3,13 +3,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator
+from pathlib import Path
 from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import orthoserde
 from orthoserde import json_values
 from orthoserde.errors import FileFormatError, FormatVersionError
 from orthoserde.json_values import JSON
@@ -17,6 +20,7 @@ from orthoserde.manifest import (
     FORMAT_VERSION,
     Manifest,
     TensorRecord,
+    check_references,
     join,
 )
 from orthoserde.manifest.as_json import decode_manifest, encode_manifest
@@ -417,6 +421,35 @@ def test_a_module_stands_once() -> None:
     modules.append(copy.deepcopy(modules[0]))
     with pytest.raises(FileFormatError, match=r"^f: a module stands twice in the manifest$"):
         decode_manifest(value, "f")
+
+
+class Unsearched(tuple[str, ...]):
+    """Is not looked through for one key."""
+
+    def __contains__(self, key: object) -> bool:
+        raise AssertionError("a list of the file was searched")
+
+
+class Counted(dict[str, str]):
+    """Counts how often all of it is looked at."""
+
+    looks = 0
+
+    def items(self) -> ItemsView[str, str]:
+        self.looks += 1
+        return super().items()
+
+
+def test_what_the_parts_say_of_each_other_takes_time_in_proportion_to_their_number(tmp_path: Path) -> None:
+    """A stranger's header has room for a hundred thousand of them."""
+    layers = [orthoserde.orthogonal(nn.Linear(6, 2)) for _ in range(9)]
+    orthoserde.save(nn.Sequential(*layers, *layers), tmp_path / "m", base="compact", include_weights=True)
+    manifest = orthoserde.inspect(tmp_path / "m")
+    aliases = Counted(manifest.aliases)
+    searched = dataclasses.replace(manifest, computed=Unsearched(manifest.computed), aliases=aliases)
+    assert len(searched.computed) == len(searched.compact) == 9
+    check_references(searched, "m")
+    assert aliases.looks <= 2
 
 
 def test_decoding_changes_nothing_of_its_argument() -> None:

@@ -36,7 +36,7 @@ class Side:
         inside: set[str] = {key for record in manifest.parametrized for key in record.tensor_keys()}
         inside |= {key for record in manifest.parametrized for key in _under_aliases(record)}
         inside.update(manifest.training_keys)
-        plain = [key for key in manifest.tensors if key not in inside and key not in manifest.computed]
+        plain = [key for key in manifest.tensors if key not in inside and key not in manifest.computed_keys]
         plain += [key for key in manifest.aliases if key not in inside]
         self.names: dict[str, None] = dict.fromkeys([*self.records, *plain])
         self.ties = {key: kept for key, kept in manifest.aliases.items() if key not in inside}

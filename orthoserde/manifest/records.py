@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -231,6 +232,19 @@ class Manifest:
     def kept_key(self, key: str) -> str:
         """The key under which a tensor is stored, given that key or an alias."""
         return self.aliases.get(key, key)
+
+    @functools.cached_property
+    def computed_keys(self) -> frozenset[str]:
+        """The keys of :attr:`computed`, to look a key up in."""
+        return frozenset(self.computed)
+
+    @functools.cached_property
+    def other_keys(self) -> Mapping[str, list[str]]:
+        """Aliases by the key of the tensor that they stand for."""
+        found: dict[str, list[str]] = {}
+        for alias, kept in self.aliases.items():
+            found.setdefault(kept, []).append(alias)
+        return found
 
     @property
     def training_keys(self) -> list[str]:

@@ -13,7 +13,7 @@ from orthoserde.manifest.training import PREFIX
 def is_shared(manifest: Manifest, record: ParametrizedRecord, index: int, role: str) -> bool:
     """Whether a stored tensor of a parametrization is another tensor too, by names that its module does not give."""
     key, own = record.link_key(index, role), record.alias_keys(index, role)
-    return any(kept == key and alias not in own for alias, kept in manifest.aliases.items())
+    return not own.issuperset(manifest.other_keys.get(key, ()))
 
 
 def check_references(manifest: Manifest, where: str) -> None:
@@ -46,7 +46,7 @@ def check_references(manifest: Manifest, where: str) -> None:
         for key in record.tensor_keys():
             if key not in manifest:
                 raise FileFormatError(f"{where}: {record.name}: the file holds no tensor {key!r}")
-            if key in manifest.computed:
+            if key in manifest.computed_keys:
                 raise FileFormatError(f"{where}: computed: {key!r} is state of {record.name}")
         problem = _odd_columns(record, manifest) if record.columns() else None
         if problem is not None:

@@ -148,12 +148,12 @@ def _bake(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Registry
         Misfit: Its state and its configuration contradict each other.
     """
     manifest = checkpoint.manifest
-    taken = next((name for name in record.names if name in manifest and name not in manifest.computed), None)
+    taken = next((name for name in record.names if name in manifest and name not in manifest.computed_keys), None)
     if taken is not None:
         raise Misfit(f"the file also has a tensor {taken!r}, and does not say that it is the computed one")
     originals = [manifest.tensors[manifest.kept_key(record.original_key(name))] for name in record.originals]
     trained = any(original.requires_grad for original in originals)
-    if record.name in manifest.computed:
+    if record.name in manifest.computed_keys:
         stored = manifest.tensors[record.name]
         return _Baked(
             record,

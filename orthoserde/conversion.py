@@ -15,7 +15,7 @@ from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations import in_process
 from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, Manifest, ParametrizedRecord
-from orthoserde.opening import files_at, is_pyreft, open_checkpoint, stored_bytes
+from orthoserde.opening import files_of, is_pyreft, open_checkpoint, stored_bytes
 from orthoserde.registry import Registry
 from orthoserde.transforms import bake, check_columns, expand, to_hooks, to_parametrizations, unstructure
 from orthoserde.transforms.canonical import compact_named
@@ -321,7 +321,7 @@ def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> 
         return  # opening it says so
     try:
         if os.path.lexists(target):
-            parts = [source, *files_at(source)]
+            parts = [source, *files_of(source)]
             if any(os.path.exists(part) and os.path.samefile(part, target) for part in parts):
                 raise ConfigError(f"{target}: it is the source, or a part of it, which is never written over")
         if _is_in(real_target, real_source):

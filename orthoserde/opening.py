@@ -7,9 +7,6 @@ import os
 from orthoserde import storage
 from orthoserde.arguments import path_of
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.storage.shards.index import decode_index
-from orthoserde.storage.shards.names import is_index_name, shard_ending
-from orthoserde.storage.shards.reading import read_text
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -55,26 +52,24 @@ def rotations_of(path: str | os.PathLike[str], checkpoint: Checkpoint) -> list[s
     return without_model.rotations_in(checkpoint)
 
 
-def files_at(path: str | os.PathLike[str]) -> list[str]:
-    """Paths of the files that a checkpoint is made of: the file, the index and its shards, or all in the folder.
+def files_of(path: str | os.PathLike[str]) -> list[str]:
+    """Paths of the files that a checkpoint is read from: one, an index and its shards, or a folder's of pyreft.
+
+    Whatever else is in a folder is not the checkpoint's. Of nothing there are none.
 
     Raises:
-        FileFormatError: The index is not sound.
+        FileAccessError: The system refuses to read an index.
+        FileFormatError: An index is not sound.
         OSError: The system refuses to look.
     """
     name = os.fsdecode(path)
-    if is_index_name(name) and os.path.isfile(name):
-        shards = decode_index(read_text(name), shard_ending(name), name).keys_by_file
-        return [name, *(os.path.join(os.path.dirname(name), shard) for shard in shards)]
-    if not os.path.isdir(name):
-        return [name]
     if is_pyreft(name):
         from orthoserde.integrations.pyreft import without_model  # noqa: PLC0415
 
         return without_model.files_of(name)
-    return sorted(entry.path for entry in os.scandir(name) if entry.is_file())
+    return storage.files_of(name)
 
 
 def stored_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of the file, or of all files in the folder, at a path."""
-    return sum(os.path.getsize(each) for each in files_at(path) if os.path.isfile(each))
+    """Bytes of the files that a checkpoint is read from; see :func:`files_of`."""
+    return sum(os.path.getsize(each) for each in files_of(path) if os.path.isfile(each))

@@ -27,7 +27,7 @@ from orthoserde import (
 from orthoserde.capture import capture
 from orthoserde.checkpoint import LiveTensor
 from orthoserde.conversion import OURS, PLAIN, TORCH, ConversionReport, Form, convert
-from orthoserde.opening import open_checkpoint
+from orthoserde.opening import open_checkpoint, stored_bytes
 from orthoserde.transforms import compact as compact_transform
 from tests.helpers import assert_same_state, bits, flip_bit, scramble_
 from tests.integrations.test_pyreft_folders import needs_reader
@@ -180,6 +180,22 @@ def test_a_source_without_configuration_gives_a_plain_file(tmp_path: Path) -> No
     assert load_file(tmp_path / "b")["w"].tolist() == [1.0, 1.0]
     with pytest.raises(ConfigError, match="does not say which tensors are bases"):
         convert(tmp_path / "a", tmp_path / "c", "compact")
+
+
+def test_the_size_of_a_folder_is_that_of_the_files_that_are_read(tmp_path: Path) -> None:
+    report = orthoserde.save(make(), tmp_path / "run", max_shard_size=300)
+    files = list((tmp_path / "run").iterdir())
+    assert len(files) > 2
+    assert report.file_bytes == sum(path.stat().st_size for path in files)
+    (tmp_path / "run" / "notes.txt").write_bytes(bytes(5000))
+    (tmp_path / "run" / "pytorch_model.bin").write_bytes(bytes(7000))
+    for place in (tmp_path / "run", tmp_path / "run" / "model.safetensors.index.json"):
+        assert stored_bytes(place) == report.file_bytes
+        converted = convert(place, tmp_path / "x", "dense", force=True)
+        assert converted.source_bytes == report.file_bytes
+    alone = orthoserde.save(make(), tmp_path / "run" / "model.safetensors")
+    assert stored_bytes(tmp_path / "run") == alone.file_bytes
+    assert stored_bytes(tmp_path / "nothing") == 0
 
 
 def test_progress_is_told_of_every_byte(source: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 from orthoserde.arguments import path_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.storage.reader import read_file
-from orthoserde.storage.shards import is_index_name, read_folder, read_index
+from orthoserde.storage.shards import files_of_index, found_in, is_index_name, read_folder, read_index
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
@@ -29,3 +29,16 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     if os.path.isdir(name):
         return read_folder(name)
     return read_index(name) if is_index_name(name) else read_file(name)
+
+
+def files_of(path: str) -> list[str]:
+    """The paths of the files that :func:`read` reads at a path: one, or an index and its shards; none of nothing.
+
+    Raises:
+        FileAccessError: The system refuses to read the index.
+        FileFormatError: The index is not sound.
+    """
+    found = found_in(path) if os.path.isdir(path) else path
+    if found is None or not os.path.isfile(found):
+        return []
+    return files_of_index(found) if is_index_name(found) else [found]

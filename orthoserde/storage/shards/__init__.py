@@ -13,7 +13,7 @@ the standing index refers to. After it, what the previous one alone needed is re
 """
 
 from orthoserde.storage.shards.names import is_index_name
-from orthoserde.storage.shards.reading import read_folder, read_index
+from orthoserde.storage.shards.reading import files_of_index, found_in, read_folder, read_index
 from orthoserde.storage.shards.writing import write_shards
 
-__all__ = ["is_index_name", "read_folder", "read_index", "write_shards"]
+__all__ = ["files_of_index", "found_in", "is_index_name", "read_folder", "read_index", "write_shards"]

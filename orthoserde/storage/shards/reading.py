@@ -42,11 +42,22 @@ def read_folder(folder: str) -> Checkpoint:
     return _read_found(folder)
 
 
+def found_in(folder: str) -> str | None:
+    """The path of what a folder is read by, the first of ``READ_IN_ORDER`` that there is; None where none is."""
+    paths = (os.path.join(folder, name) for name in READ_IN_ORDER)
+    return next((path for path in paths if os.path.lexists(path)), None)
+
+
+def files_of_index(path: str) -> list[str]:
+    """The paths of an index and of the shards that it names; raises as :func:`read_index` where it is not sound."""
+    shards = decode_index(read_text(path), shard_ending(path), path).keys_by_file
+    return [path, *(os.path.join(os.path.dirname(path), shard) for shard in shards)]
+
+
 def _read_found(folder: str) -> Checkpoint:
-    for name in READ_IN_ORDER:
-        path = os.path.join(folder, name)
-        if os.path.lexists(path):
-            return read_index(path) if is_index_name(name) else read_file(path)
+    path = found_in(folder)
+    if path is not None:
+        return read_index(path) if is_index_name(path) else read_file(path)
     others: list[str] = []
     with contextlib.suppress(OSError):  # this is for a hint alone
         others = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))

@@ -95,6 +95,21 @@ def storage_order(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[st
     return sorted(tensors, key=lambda key: (-_ITEM_BYTES[tensors[key][0]], key))
 
 
+def entries_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
+    """Where tensors lie that follow each other without gaps.
+
+    Args:
+        tensors: dtype and shape by key, in the order of their bytes.
+    """
+    entries: dict[str, Entry] = {}
+    start = 0
+    for key, (dtype, shape) in tensors.items():
+        stop = start + byte_size(dtype, shape)
+        entries[key] = Entry(dtype, shape, start, stop)
+        start = stop
+    return entries
+
+
 def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Write the length and the header of a file.
 
@@ -106,11 +121,9 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
         FileFormatError: The header would be larger than the 100 MB that readers accept.
     """
     header: dict[str, JSON] = {"__metadata__": dict(sorted(metadata.items()))}
-    start = 0
-    for key, (dtype, shape) in tensors.items():
-        stop = start + byte_size(dtype, shape)
-        header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
-        start = stop
+    for key, entry in entries_of(tensors).items():
+        offsets: list[JSON] = [entry.start, entry.stop]
+        header[key] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
     text = json_values.encode_in_order(header).encode("utf-8")
     text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES or len(tensors) > MAX_TENSORS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from orthoserde import tensor_bytes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import FileFormatError
+from orthoserde.manifest import Manifest
 from orthoserde.storage.container import LENGTH_BYTES, MAX_HEADER_BYTES, Entry, decode_header
-from orthoserde.storage.format import manifest_of
+from orthoserde.storage.format import canonical_parts, manifest_of
 from orthoserde.storage.open_file import OpenFile, Readable, open_file
 from orthoserde.storage.torch_files import MAGIC_BYTES, is_torch_file, read_torch_file
 
@@ -42,16 +43,20 @@ def read_file(path: str | os.PathLike[str]) -> Checkpoint:
             with file.raw:
                 return read_torch_file(file.raw, name, start)
         raw = read_header(file, size, start)
-        header = decode_header(raw[LENGTH_BYTES:], size - len(raw), name)
-        manifest = manifest_of(header, raw, name)
+        manifest, entries = canonical_parts(raw, size - len(raw), name) or _parsed(raw, size - len(raw), name)
         sources = {
-            key: StoredTensor(file, len(raw), header.entries[key], record.dtype, key)
+            key: StoredTensor(file, len(raw), entries[key], record.dtype, key)
             for key, record in manifest.tensors.items()
         }
     except BaseException:
         file.close()
         raise
     return Checkpoint(manifest, sources, name, file.close)
+
+
+def _parsed(raw: bytes, data_bytes: int, name: str) -> tuple[Manifest, Mapping[str, Entry]]:
+    header = decode_header(raw[LENGTH_BYTES:], data_bytes, name)
+    return manifest_of(header, raw, name), header.entries
 
 
 def read_header(file: OpenFile, size: int, start: bytes) -> bytes:

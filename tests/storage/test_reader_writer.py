@@ -31,7 +31,7 @@ from orthoserde.manifest import (
     ParametrizedRecord,
     TensorRecord,
 )
-from orthoserde.storage import writer
+from orthoserde.storage import container, writer
 from orthoserde.tensor_bytes import Digest
 from tests.helpers import watch_reads
 from tests.storage.strategies import (
@@ -86,6 +86,18 @@ def small(tmp_path: Path) -> Path:
 
 
 # Round trips
+
+
+def test_a_header_that_its_manifest_gives_is_not_taken_apart_as_well(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("each tensor was looked at once more")
+
+    monkeypatch.setattr(container, "_decode_entry", refuse)
+    check(small)
+    storage.write(checkpoint_of({}, dataclasses.replace(SMALL, aliases={}, parametrized=())), small)
+    check(small)
 
 
 @settings(deadline=None, max_examples=100)

@@ -6,6 +6,8 @@ One family, :class:`OrthoserdeError`. Each class is also the builtin that torch 
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -230,3 +232,12 @@ class LegacyCheckpointWarning(UserWarning):
 
 class TrainingTrapWarning(UserWarning):
     """The model that is saved, or that was loaded, will not train as it should; ``orthoserde.diagnose`` says more."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Issue a warning at the line that called this library, through however many functions of ours it came."""
+    ours = __name__.partition(".")[0]
+    depth, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == ours:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=depth)

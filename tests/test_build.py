@@ -151,3 +151,19 @@ def test_a_weight_that_only_unknown_code_could_compute_is_not_added(tmp_path: Pa
     parametrize.register_parametrization(known, "weight", Twice())
     orthoserde.save(known, tmp_path / "m", include_weights=True, registry=registry)
     assert torch.equal(safetensors.torch.load_file(tmp_path / "m")["weight"], known.weight)
+
+
+@pytest.mark.parametrize("file", ["half", "baked"])
+def test_a_warning_is_of_the_line_that_called_build(file: str, tmp_path: Path) -> None:
+    model = Net(5)
+    if file == "half":
+        with pytest.warns(orthoserde.TrainingTrapWarning):
+            orthoserde.save(model.half(), tmp_path / "m", registry=REGISTRY)
+    else:
+        orthoserde.save(model, tmp_path / "whole", registry=REGISTRY)
+        orthoserde.convert(tmp_path / "whole", tmp_path / "m", "baked")
+    expected = orthoserde.TrainingTrapWarning if file == "half" else orthoserde.LegacyCheckpointWarning
+    build = lambda: orthoserde.build(tmp_path / "m", registry=REGISTRY)  # noqa: E731 - it stands on one line
+    with pytest.warns(expected) as caught:
+        build()
+    assert {(each.filename, each.lineno) for each in caught} == {(__file__, build.__code__.co_firstlineno)}

@@ -4,12 +4,17 @@ import copy
 import errno
 import inspect
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import safetensors.torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import orthoserde
 from orthoserde import errors
-from orthoserde.errors import OrthoserdeError, Problem
+from orthoserde.errors import LegacyCheckpointWarning, OrthoserdeError, Problem, TrainingTrapWarning
 from orthoserde.wording import SHOWN_CHARACTERS
 
 PROBLEMS = [
@@ -173,3 +178,50 @@ def test_names_and_lines_that_nobody_reads_to_the_end_are_cut() -> None:
     assert len(shown) < 3 * SHOWN_CHARACTERS
     assert "... (1000000 characters)" in shown
     assert errors.IncompatibleModelError("m", problems).problems[0].where == "n" * 10**6
+
+
+def cayley() -> nn.Module:
+    return orthoserde.orthogonal(nn.Linear(8, 4), "weight", "cayley")
+
+
+def baked() -> nn.Module:
+    model = cayley()
+    orthoserde.bake_(model)
+    return model
+
+
+#: What the file holds, what it is loaded into, and what is warned of.
+LOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], type[Warning]]] = {
+    "a base in half precision": (lambda: cayley().half(), cayley, TrainingTrapWarning),
+    "a model in half precision": (lambda: cayley().half(), lambda: cayley().half(), TrainingTrapWarning),
+    "a computed weight": (baked, cayley, LegacyCheckpointWarning),
+    "a plain tensor": (lambda: weight_norm(nn.Linear(8, 4)), lambda: nn.Linear(8, 4), LegacyCheckpointWarning),
+}
+
+
+@pytest.mark.parametrize(("saved", "loaded", "expected"), LOADS.values(), ids=LOADS)
+def test_a_warning_is_of_the_line_that_called_load(
+    saved: Callable[[], nn.Module], loaded: Callable[[], nn.Module], expected: type[Warning], tmp_path: Path
+) -> None:
+    state = {key: value.contiguous() for key, value in saved().state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "m")
+    model = loaded()
+    load = lambda: orthoserde.load(model, tmp_path / "m")  # noqa: E731 - it stands on one line
+    with pytest.warns(expected) as caught:
+        load()
+    assert {(each.filename, each.lineno) for each in caught} == {(__file__, load.__code__.co_firstlineno)}
+
+
+@pytest.mark.parametrize("way", ["save", "Checkpoints", "Checkpoints without waiting"])
+def test_a_warning_is_of_the_line_that_called_save(way: str, tmp_path: Path) -> None:
+    model = cayley().half()
+    checkpoints = orthoserde.Checkpoints(tmp_path / "folder")
+    save = {
+        "save": lambda: orthoserde.save(model, tmp_path / "m"),
+        "Checkpoints": lambda: checkpoints.save(1, model),
+        "Checkpoints without waiting": lambda: checkpoints.save(1, model, wait=False),
+    }[way]
+    with pytest.warns(TrainingTrapWarning) as caught:
+        save()
+    checkpoints.close()
+    assert {(each.filename, each.lineno) for each in caught} == {(__file__, save.__code__.co_firstlineno)}

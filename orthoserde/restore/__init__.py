@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import get_args
 
 import torch
@@ -12,11 +11,7 @@ from torch import nn
 from orthoserde import _torch, modes
 from orthoserde.arguments import device_of
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import (
-    ConfigError,
-    LegacyCheckpointWarning,
-    TrainingTrapWarning,
-)
+from orthoserde.errors import ConfigError, LegacyCheckpointWarning, TrainingTrapWarning, warn
 from orthoserde.manifest.training import TrainingRecord
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.registry import Registry
@@ -226,12 +221,11 @@ def _warn(checkpoint: Checkpoint, completed: Completed, plan: Plan) -> None:
         records = completed.checkpoint.manifest.parametrized
         chained = any(len(r.chain) > 1 and not plan.rounded.keys().isdisjoint(r.tensor_keys()) for r in records)
         otherwise = ", or save this model, convert that file to baked, and load the result with legacy='project'"
-        warnings.warn(
+        warn(
             f"the model will not train as it should: {checkpoint.origin} has {shorten(list(plan.rounded))} in {dtypes},"
             " which has rounded it off orthogonality, and no weight that training reaches from there is orthogonal; "
             f"load a checkpoint that was saved in float32{'' if chained else otherwise}",
             TrainingTrapWarning,
-            stacklevel=4,
         )
     if completed.weights:
         projected = [name for name, weight in completed.weights.items() if weight.projected]
@@ -239,11 +233,10 @@ def _warn(checkpoint: Checkpoint, completed: Completed, plan: Plan) -> None:
         outputs = f"projecting changed {shorten(projected)}" if projected else "outputs are equal"
         if kept:
             outputs += f", {shorten(kept)} stays off its constraint"
-        warnings.warn(
+        warn(
             f"{checkpoint.origin} has only the computed weight of {shorten(list(completed.weights))}: {outputs}, and "
             "training starts afresh there, in new coordinates; start with a new optimizer state",
             LegacyCheckpointWarning,
-            stacklevel=4,
         )
 
 

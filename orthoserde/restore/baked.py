@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import ConfigError, LegacyCheckpointWarning, Problem
+from orthoserde.errors import ConfigError, LegacyCheckpointWarning, Problem, warn
 from orthoserde.registry import Registry
 from orthoserde.reports import Fidelity
 from orthoserde.restore.legacy import Legacy
@@ -43,12 +42,11 @@ class Baked:
         """Say so, once."""
         if self.kinds:
             kinds = " and ".join(sorted(set(self.kinds.values())))
-            warnings.warn(
+            warn(
                 f"{self.checkpoint.origin} has {shorten(list(self.kinds))} as {kinds} keeps it, and the model as a "
                 "plain tensor: outputs are equal, and training goes on without the constraint; parametrize the model "
                 "before loading to keep it",
                 LegacyCheckpointWarning,
-                stacklevel=4,
             )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from orthoserde import _torch, modes
-from orthoserde.errors import TrainingTrapWarning
+from orthoserde.errors import TrainingTrapWarning, warn
 from orthoserde.integrations import in_process
 from orthoserde.optimizers import Optimizers, optimizers_of
 from orthoserde.registry import Registry
@@ -84,7 +83,7 @@ def _glance(record: ParametrizedTensor) -> Iterator[Finding]:
 
 
 def warn_of_traps(model: nn.Module, optimizer: Optimizers | None = None) -> None:
-    """Warn, once, of serious traps that cost next to nothing to find; of the caller's caller.
+    """Warn, once, of serious traps that cost next to nothing to find.
 
     It looks at dtypes and diagonals, and at the groups of the optimizer. Names are worked out only if there is
     something to say.
@@ -104,7 +103,7 @@ def warn_of_traps(model: nn.Module, optimizer: Optimizers | None = None) -> None
     if len(serious) > SHOWN:
         lines.append(f"  - ... and {len(serious) - SHOWN} more (orthoserde.diagnose lists all)")
     if serious:
-        warnings.warn("\n".join(["the model will not train as it should:", *lines]), TrainingTrapWarning, stacklevel=3)
+        warn("\n".join(["the model will not train as it should:", *lines]), TrainingTrapWarning)
 
 
 def _is_trapped(chain: nn.Module, places: Mapping[int, list[held.Held]]) -> bool:

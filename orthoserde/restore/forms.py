@@ -50,11 +50,13 @@ class Forms:
         checkpoint: The checkpoint.
         converted: What has another form in the file, by name of the parametrized tensor.
         problems: What could not be brought into the model's form.
+        checked: Whether the file has been held to its digests for it, all of it.
     """
 
     checkpoint: Checkpoint
     converted: Mapping[str, Converted]
     problems: tuple[Problem, ...]
+    checked: bool = False
 
     def note(self, plan: Plan) -> None:
         """Say in the outcomes what was converted, and what follows from it."""
@@ -80,7 +82,7 @@ def in_forms_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry
     hooks = _in_hook_form_of(checkpoint, inventory, registry)
     structured = _in_structured_form_of(hooks.checkpoint, inventory, registry, verify=verify)
     converted = {**hooks.converted, **structured.converted}
-    return Forms(structured.checkpoint, converted, (*hooks.problems, *structured.problems))
+    return Forms(structured.checkpoint, converted, (*hooks.problems, *structured.problems), structured.checked)
 
 
 def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry, *, verify: bool) -> Forms:
@@ -95,7 +97,8 @@ def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registr
             continue
         if {codecs[0].kind, record.chain[0].kind} == {ORTHOGONAL, STRUCTURED}:
             wanted[codecs[0].kind][tensor.name] = record.name
-    if verify and wanted[STRUCTURED]:
+    checked = verify and bool(wanted[STRUCTURED])
+    if checked:
         check_digests(checkpoint)  # or damage would be taken for another completion
     changed = structure(checkpoint, set(wanted[STRUCTURED].values()))
     changed = unstructure(changed, set(wanted[ORTHOGONAL].values()))
@@ -112,7 +115,7 @@ def _in_structured_form_of(checkpoint: Checkpoint, inventory: Inventory, registr
         for kind, names_of_kind in wanted.items()
         for name in names_of_kind
     }
-    return Forms(changed, converted, problems)
+    return Forms(changed, converted, problems, checked)
 
 
 def _in_hook_form_of(checkpoint: Checkpoint, inventory: Inventory, registry: Registry) -> Forms:

@@ -15,11 +15,12 @@ from torch.nn.utils import parametrizations, parametrize
 
 import orthoserde
 from orthoserde import Fidelity, IncompatibleModelError, storage
+from orthoserde.api.saving import Base
 from orthoserde.json_values import JSON
 from orthoserde.manifest import ORTHOGONAL, STRUCTURED
 from orthoserde.parametrizations.structured import Orthogonal
 from orthoserde.transforms import expand, structure, unstructure
-from tests.helpers import assert_unchanged, flip_bit, same_bits, snapshot
+from tests.helpers import assert_unchanged, flip_bit, same_bits, snapshot, watch_reads
 from tests.structured.models import BASE, CASES, COLUMNS, ORIGINAL, Holder, link, make, orthonormal, weight_of
 
 
@@ -205,6 +206,18 @@ def test_damage_is_not_taken_for_another_completion(tmp_path: Path) -> None:
     flip_bit(tmp_path / "m", (tmp_path / "m").stat().st_size - 100)
     with pytest.raises(orthoserde.DamagedFileError):
         orthoserde.load(make((12, 4), seed=5), tmp_path / "m")
+
+
+@pytest.mark.parametrize("base", ["auto", "dense"])
+@pytest.mark.parametrize(("verify", "times"), [(False, 1), (True, 2)])
+def test_a_load_into_it_reads_other_tensors_no_more_often_than_any_load(
+    base: Base, verify: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "m"
+    orthoserde.save(nn.Sequential(nn.Linear(300, 7), make((12, 4), structured=False)), file, base=base)
+    reads = watch_reads(monkeypatch)
+    orthoserde.load(nn.Sequential(nn.Linear(300, 7), make((12, 4), seed=5)), file, verify=verify)
+    assert [count for _, count in reads].count(300 * 7 * 4) == times
 
 
 def test_a_shared_module_is_converted_under_both_names(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from orthoserde.registry.codec import residual_of
 from orthoserde.reports import VerifyReport
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 from orthoserde.transforms import expand
-from orthoserde.weights.stored import SCRATCH_BYTES, Link, Misfit, NotComputable, dry_weight_of, resolve, weight_of
+from orthoserde.weights.stored import SCRATCH_BYTES, Link, Misfit, NotComputable, dry_run, resolve, weight_of
 from orthoserde.wording import one_line
 
 _ORTHOGONAL = OrthogonalCodec()
@@ -158,14 +158,15 @@ def _measure(
     checkpoint: Checkpoint, record: ParametrizedRecord, links: Sequence[Link], limit: int
 ) -> tuple[float | None, bool]:
     """Residual of a parametrized tensor, and whether it is on its constraint."""
-    if all(is_built_in(link.codec) for link in links):
-        dry = dry_weight_of(checkpoint, record, links, limit)
-        if links[-1].codec.residual(torch.empty(0, 0)) is None:
-            return None, True
-        # What is coarser is off its constraint by its own rounding.
-        if dtype_name(dry.dtype) not in ORTHONORMAL_DTYPES:
-            raise NotComputable(_TOO_COARSE.format(dtype_name(dry.dtype)))
-    return _judge(links[-1], weight_of(checkpoint, record, links, limit))
+    if not all(is_built_in(link.codec) for link in links):
+        return _judge(links[-1], weight_of(checkpoint, record, links, limit))
+    dry = dry_run(checkpoint, record, links, limit)
+    if links[-1].codec.residual(torch.empty(0, 0)) is None:
+        return None, True
+    # What is coarser is off its constraint by its own rounding.
+    if dtype_name(dry.weight.dtype) not in ORTHONORMAL_DTYPES:
+        raise NotComputable(_TOO_COARSE.format(dtype_name(dry.weight.dtype)))
+    return _judge(links[-1], dry.compute())
 
 
 def _judge(link: Link, weight: Tensor) -> tuple[float | None, bool]:

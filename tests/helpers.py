@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from orthoserde import side_by_side
+from orthoserde.json_values import JSON
+from orthoserde.parametrizations import BUILT_IN_CODECS
+from orthoserde.registry.codec import Codec
 from orthoserde.storage.open_file import OpenFile
 
 #: A message shows this many differences.
@@ -264,6 +267,28 @@ def watch_reads(
 
     monkeypatch.setattr(OpenFile, "_read_some", watched)
     return reads
+
+
+def watch_computations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Look at every weight that a codec which every registry knows computes from now on.
+
+    Returns:
+        Kind and type of device of each so far, in order; it grows.
+    """
+    computed: list[tuple[str, str]] = []
+
+    def watched(codec: Codec) -> Callable[[Any, Mapping[str, JSON], Mapping[str, Tensor]], Tensor]:
+        compute = type(codec).compute
+
+        def watch(self: Codec, config: Mapping[str, JSON], tensors: Mapping[str, Tensor]) -> Tensor:
+            computed.append((codec.kind, next(iter(tensors.values())).device.type))
+            return compute(self, config, tensors)
+
+        return watch
+
+    for codec in BUILT_IN_CODECS:
+        monkeypatch.setattr(type(codec), "compute", watched(codec))
+    return computed
 
 
 #: How bytes at a position are read: by one call of the system, or where there is none by seeking first.

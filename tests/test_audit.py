@@ -7,6 +7,7 @@ import math
 import re
 import tracemalloc
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -34,7 +35,7 @@ from orthoserde.parametrizations.weight_norm import WeightNormCodec
 from orthoserde.reports import VerifyReport
 from orthoserde.storage.format import file_header
 from tests.golden.models import FOLDER, MODELS, REGISTRY
-from tests.helpers import flip_bit, header_bytes, surroundings, watch_reads
+from tests.helpers import flip_bit, header_bytes, surroundings, watch_computations, watch_reads
 from tests.storage.strategies import checkpoint_of
 
 GIB = 1 << 30
@@ -221,6 +222,19 @@ class TestSoundFiles:
         report = orthoserde.verify(golden(name), registry=REGISTRY)
         assert not report.damaged
         assert not report.misfits
+
+    def test_each_weight_is_run_dry_once_and_computed_once_if_it_has_a_constraint(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        computed = watch_computations(monkeypatch)
+        assert orthoserde.verify(path).ok
+        assert Counter(computed) == {
+            ("torch>orthogonal", "meta"): 4,
+            ("torch>orthogonal", "cpu"): 4,
+            ("torch>weight_norm", "meta"): 2,
+            ("torch>weight_norm", "cpu"): 1,  # one stands before an orthogonal one
+            ("torch>spectral_norm", "meta"): 1,
+        }
 
     def test_a_file_without_tensors_is_sound(self, tmp_path: Path) -> None:
         orthoserde.save(nn.Module(), tmp_path / "empty.safetensors")

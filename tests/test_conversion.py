@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +30,7 @@ from orthoserde.checkpoint import LiveTensor
 from orthoserde.conversion import OURS, PLAIN, TORCH, ConversionReport, Form, convert
 from orthoserde.opening import open_checkpoint, stored_bytes
 from orthoserde.transforms import compact as compact_transform
-from tests.helpers import assert_same_state, bits, flip_bit, scramble_
+from tests.helpers import assert_same_state, bits, flip_bit, scramble_, watch_computations
 from tests.integrations.test_pyreft_folders import needs_reader
 
 
@@ -148,6 +149,15 @@ def test_baked_is_plain_weights(source: Path, tmp_path: Path) -> None:
     plain.load_state_dict({key: value + 1 for key, value in plain.state_dict().items()})
     plain.load_state_dict(strict_state(tmp_path / "baked.pt"))
     assert [bits(layer.weight) for layer in plain] == weights  # type: ignore[arg-type]
+
+
+def test_each_baked_weight_is_run_dry_once_and_computed_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = watch_computations(monkeypatch)
+    convert(source, tmp_path / "baked", "baked")
+    kinds = ("torch>orthogonal", "torch>weight_norm", "torch>spectral_norm")
+    assert Counter(computed) == {(kind, device): 1 for kind in kinds for device in ("meta", "cpu")}
 
 
 def test_hooks_are_the_older_keys_and_torch_the_way_back(source: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from orthoserde.tensor_bytes import contiguous_strides, dtype_name
 from orthoserde.transforms.canonical import expand
 from orthoserde.transforms.forms import NormedTensor, configs_of, normed_tensors
 from orthoserde.transforms.rewriting import keep_aliases
-from orthoserde.weights.stored import Misfit, NotComputable, dry_weight_of, resolve, weight_of
+from orthoserde.weights.stored import Misfit, NotComputable, dry_run, resolve, weight_of
 from orthoserde.wording import counted
 
 #: Bytes that one stored tensor or intermediate result may have: a float32 base of 32,768 rows.
@@ -162,24 +162,25 @@ def _bake(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Registry
         )
     links = resolve(record, registry, registered=True)
     limit = max(SCRATCH_BYTES, manifest.nbytes)
-    compute = functools.partial(_computed, checkpoint, record, registry, limit)
+    compute: Callable[[], Tensor] = functools.partial(weight_of, checkpoint, record, links, limit)
     if all(link.codec in BUILT_IN_CODECS for link in links):
-        shape, dtype = _form(dry_weight_of(checkpoint, record, links, limit))
+        dry = dry_run(checkpoint, record, links, limit)
+        (shape, dtype), compute = _form(dry.weight), dry.compute
     elif record.shape is None or record.dtype is None:
-        shape, dtype = _form(weight_of(checkpoint, record, links, limit))
+        shape, dtype = _form(compute())
     else:
         shape, dtype = record.shape, record.dtype
     if record.dtype not in (None, dtype):
         raise Misfit(f"recorded with dtype {record.dtype}, its state gives {dtype}")
     stored = TensorRecord(dtype, shape, contiguous_strides(shape), record.parameter, requires_grad=trained)
-    return _Baked(record, stored, DerivedTensor(compute))
+    return _Baked(record, stored, DerivedTensor(functools.partial(_computed, checkpoint.origin, record, compute)))
 
 
 def _form(weight: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(weight.shape), dtype_name(weight.dtype)
 
 
-def _computed(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Registry, limit: int) -> Tensor:
+def _computed(origin: str, record: ParametrizedRecord, compute: Callable[[], Tensor]) -> Tensor:
     """The computed tensor, row-major.
 
     Raises:
@@ -187,12 +188,12 @@ def _computed(checkpoint: Checkpoint, record: ParametrizedRecord, registry: Regi
     """
     try:
         with modes.undisturbed(), torch.no_grad():
-            weight = weight_of(checkpoint, record, resolve(record, registry, registered=True), limit)
+            weight = compute()
     except (NotComputable, Misfit) as reason:
-        raise ConfigError(_listed(checkpoint.origin, [Problem(record.name, "unsupported", str(reason))])) from reason
+        raise ConfigError(_listed(origin, [Problem(record.name, "unsupported", str(reason))])) from reason
     if record.dtype is not None and dtype_name(weight.dtype) != record.dtype:
         text = f"recorded with dtype {record.dtype}, its state gives {dtype_name(weight.dtype)}"
-        raise ConfigError(_listed(checkpoint.origin, [Problem(record.name, "unsupported", text)]))
+        raise ConfigError(_listed(origin, [Problem(record.name, "unsupported", text)]))
     return weight.detach()
 
 

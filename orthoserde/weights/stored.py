@@ -105,20 +105,32 @@ def weight_of(checkpoint: Checkpoint, record: ParametrizedRecord, links: Sequenc
         NotComputable: It takes more memory, or it cannot be computed here.
         Misfit: Its state and its configuration contradict each other.
     """
+    if all(is_built_in(link.codec) for link in links):
+        return dry_run(checkpoint, record, links, limit).compute()
     _check_stored(checkpoint, record, limit)
-    if not all(is_built_in(link.codec) for link in links):
-        return _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit))
-    # All that shapes and dtypes tell comes before anything is read.
-    dry_weight_of(checkpoint, record, links, limit)
-    return _compute(record, links, checkpoint.tensor, _run)
+    return _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit))
 
 
-def dry_weight_of(checkpoint: Checkpoint, record: ParametrizedRecord, links: Sequence[Link], limit: int) -> Tensor:
+@dataclass(frozen=True)
+class DryRun:
+    """A tensor that shapes and dtypes say can be computed, and of which nothing has been read; see Note [Dry run].
+
+    Attributes:
+        weight: The tensor on the meta device.
+        compute: Computes it in earnest.
+    """
+
+    weight: Tensor
+    compute: Callable[[], Tensor]
+
+
+def dry_run(checkpoint: Checkpoint, record: ParametrizedRecord, links: Sequence[Link], limit: int) -> DryRun:
     """Compute a tensor whose parametrizations are all torch's on the meta device; errors as for :func:`weight_of`."""
     _check_stored(checkpoint, record, limit)
-    return _compute(
+    weight = _compute(
         record, links, functools.partial(_meta_tensor, checkpoint), functools.partial(_dry_run, limit=limit)
     )
+    return DryRun(weight, functools.partial(_compute, record, links, checkpoint.tensor, _run))
 
 
 def stored_weight(expanded: Checkpoint, record: ParametrizedRecord, registry: Registry) -> Tensor:

@@ -119,6 +119,27 @@ def test_a_refused_save_changes_nothing_and_writes_nothing(tmp_path: Path, model
     assert {problem.where for problem in caught.value.problems} >= {"lazy.weight", "lazy.bias", "meta"}
 
 
+class Asked(nn.Linear):
+    """A layer that says itself what its state is, and draws a random number for it."""
+
+    times = 0
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.times += 1
+        torch.rand(())
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_module_that_says_its_state_is_asked_once_and_moves_no_generator(training: bool, tmp_path: Path) -> None:
+    model = Asked(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if training else None
+    before = surroundings()
+    orthoserde.save(model, tmp_path / "model", optimizer=optimizer, rng=training)
+    assert surroundings() == before
+    assert model.times == 1
+
+
 def test_the_metadata_of_the_caller_is_neither_changed_nor_kept(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     strings = {"b": "2", "a": "1"}

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from orthoserde import storage
+from orthoserde import modes, storage
 from orthoserde.api.neighbours import with_neighbours
 from orthoserde.arguments import check_file_name, check_flags, target_of
 from orthoserde.capture import Select, capture
@@ -25,7 +25,7 @@ from orthoserde.reports import SaveReport
 from orthoserde.training import with_training
 from orthoserde.transforms import compact, compact_all, untried
 from orthoserde.traps import warn_of_traps
-from orthoserde.walk import check_model
+from orthoserde.walk import check_model, take_inventory
 
 #: How the bases of orthogonal parametrizations are stored.
 Base = Literal["auto", "dense", "compact"]
@@ -209,8 +209,12 @@ def prepare(
     registry = with_neighbours(in_process(registry), model)
     sink = sink_of(debug)
     measured = _nothing if sink is None else functools.partial(Watch("save", model, registry).report, sink)
-    captured = capture(model, registry, include_weights=include_weights, select=select, metadata=metadata)
-    captured = with_training(captured, model, optimizer=optimizer, state=state, rng=rng)
+    with modes.undisturbed():
+        inventory = take_inventory(model)
+    captured = capture(
+        model, registry, include_weights=include_weights, select=select, metadata=metadata, inventory=inventory
+    )
+    captured = with_training(captured, inventory, optimizer=optimizer, state=state, rng=rng)
     stored = _STORED[base](captured)
     return Prepared(stored, measured, untried(stored) if base == "auto" else ())
 

@@ -45,6 +45,7 @@ def capture(
     include_weights: bool = False,
     select: Select = None,
     metadata: Mapping[str, str] | None = None,
+    inventory: Inventory | None = None,
 ) -> Checkpoint:
     """Describe a model as a checkpoint that follows it until it is read.
 
@@ -54,13 +55,15 @@ def capture(
         include_weights: Whether to add the computed tensors.
         select: Which tensors to hold; see :func:`orthoserde.capture.scope.scope_of`.
         metadata: The user's own strings.
+        inventory: What the model holds, from whoever has walked it already.
 
     Raises:
         UnsupportedModuleError: The model holds state that would be lost; every such place is listed.
         ConfigError: A registered class gives a configuration that is not JSON, or ``select`` selects nothing.
     """
     with modes.undisturbed():
-        inventory = take_inventory(model)
+        if inventory is None:
+            inventory = take_inventory(model)
         scope = scope_of(inventory, registry, select)
         problems = [
             *scope.problems,

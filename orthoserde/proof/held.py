@@ -83,13 +83,14 @@ def live(made: Made) -> Held:
         ConfigError: Training state holds something that cannot be stored.
     """
     tensors: dict[str, Stored] = {}
-    for key, slot in take_inventory(made.model).slots.items():
+    inventory = take_inventory(made.model)
+    for key, slot in inventory.slots.items():
         if slot.tensor is not None:
             own = slot.tensor.detach()
             record = TensorRecord(dtype_name(own.dtype), tuple(own.shape), tuple(own.stride()), slot.parameter)
             tensors[key] = Stored(record, LiveTensor(own))
     empty = Checkpoint(Manifest({}), {}, "the run")
-    captured = with_training(empty, made.model, optimizer=made.optimizer, state=made.state, rng=False)
+    captured = with_training(empty, inventory, optimizer=made.optimizer, state=made.state, rng=False)
     training, values = _training(captured, frozenset(labelled(made.optimizer)), frozenset(made.state or {}))
     return Held({**tensors, **training}, values)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from torch import nn
-
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.manifest.training import TrainingRecord
 from orthoserde.manifest.trees import encode_tree
@@ -14,17 +12,17 @@ from orthoserde.training import rng as generators
 from orthoserde.training.objects import records_of
 from orthoserde.training.optimizers import labelled, record_of
 from orthoserde.training.sources import Sources
-from orthoserde.walk import take_inventory
+from orthoserde.walk import Inventory
 
 
 def with_training(
-    checkpoint: Checkpoint, model: nn.Module, *, optimizer: object, state: Mapping[str, object] | None, rng: bool
+    checkpoint: Checkpoint, inventory: Inventory, *, optimizer: object, state: Mapping[str, object] | None, rng: bool
 ) -> Checkpoint:
     """Add what training goes on from; the arguments are those of ``orthoserde.save``.
 
     Args:
         checkpoint: The captured model.
-        model: The model.
+        inventory: What the model holds.
         optimizer: None, an optimizer, or optimizers by name.
         state: The user's own state by name, or None.
         rng: Whether the random generators are added.
@@ -37,11 +35,8 @@ def with_training(
     if not optimizers and state is None and not rng:
         return checkpoint
     sources = Sources()
-    names = {
-        id(slot.tensor): slot.key
-        for slot in reversed(list(take_inventory(model).slots.values()))
-        if slot.tensor is not None
-    }
+    slots = reversed(list(inventory.slots.values()))
+    names = {id(slot.tensor): slot.key for slot in slots if slot.tensor is not None}
     record = TrainingRecord(
         {label: record_of(label, each, names, sources) for label, each in optimizers.items()},
         records_of(state or {}, sources),

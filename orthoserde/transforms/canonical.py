@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,12 @@ def untried(checkpoint: Checkpoint) -> tuple[str, ...]:
     Args:
         checkpoint: One that it returned.
     """
-    bases = _found(checkpoint)
+    large = {
+        record.name
+        for record in checkpoint.manifest.parametrized
+        if any(_multiplications(_sizes(link)) > MOST_MULTIPLICATIONS for link in record.chain)
+    }
+    bases = _found(checkpoint, large) if large else []
     return tuple(base.name for base in bases if base.multiplications > MOST_MULTIPLICATIONS and not base.obstacle)
 
 
@@ -143,7 +148,7 @@ class _Base:
     @property
     def multiplications(self) -> int:
         """What it takes to find out whether it is the canonical completion; see Note [Worth the work]."""
-        return math.prod(self.shape) * self.shape[-1]
+        return _multiplications(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -198,6 +203,11 @@ def _found(checkpoint: Checkpoint, names: Collection[str] | None = None) -> list
             shape, dtype = (*batch, n, k), DTYPES[manifest.tensors[key].dtype]
             bases.append(_Base(record.name, key, target, shape, dtype, source, obstacle))
     return bases
+
+
+def _multiplications(columns: Sequence[int]) -> int:
+    """What it takes to complete columns of this shape; nothing where there are none."""
+    return math.prod(columns) * columns[-1] if columns else 0
 
 
 def _sizes(link: ParametrizationRecord) -> tuple[int, ...]:

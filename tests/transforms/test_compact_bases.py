@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 import orthoserde
 from orthoserde import Fidelity, cli, storage
 from orthoserde.capture import capture
-from orthoserde.manifest import COLUMNS
+from orthoserde.manifest import COLUMNS, Manifest, ParametrizedRecord
 from orthoserde.orthonormal.completion import Completion, complete
 from orthoserde.transforms import canonical, columns, compact, expand
 from tests.helpers import same_bits, use_threads
@@ -386,6 +386,26 @@ def test_a_report_names_no_base_that_was_tried_or_cannot_be_stored_so(tmp_path: 
     for model in (random_completion(), one_bit(), make(), make(shape=(6, 6)), nn.Linear(2, 2)):
         assert orthoserde.save(model, tmp_path / "m").untried == ()
     assert orthoserde.save(make(), tmp_path / "m", base="dense").untried == ()
+
+
+def test_a_save_looks_at_each_base_once_unless_one_is_too_large_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    find = canonical._obstacle
+
+    def obstacle(record: ParametrizedRecord, key: str, shape: tuple[int, ...], manifest: Manifest) -> str:
+        looked_at.append(record.name)
+        return find(record, key, shape, manifest)
+
+    monkeypatch.setattr(canonical, "_obstacle", obstacle)
+    model = nn.ModuleList([make(shape=(13, 5)), random_completion()])
+    assert orthoserde.save(model, tmp_path / "m").untried == ()
+    assert looked_at == ["0.weight", "1.weight"]
+    looked_at.clear()
+    monkeypatch.setattr(canonical, "MOST_MULTIPLICATIONS", 13 * 5 * 5 - 1)
+    assert orthoserde.save(model, tmp_path / "m").untried == ("0.weight",)
+    assert looked_at == ["0.weight", "1.weight", "0.weight"]
 
 
 @pytest.mark.parametrize("name", ["row-major", "tied", "overlapping", "chained"])

@@ -135,6 +135,22 @@ def remember_tables(module: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+def remember_module(module: nn.Module) -> Callable[[], None]:
+    """Remember the class and all attributes of this very module, and what its tables hold; the result puts it back."""
+    cls, attributes = type(module), dict(vars(module))
+    tables = [(table, dict(table)) for table in attributes.values() if isinstance(table, dict)]
+
+    def put_back() -> None:
+        module.__class__ = cls
+        vars(module).clear()
+        vars(module).update(attributes)
+        for table, copy in tables:
+            table.clear()
+            table.update(copy)
+
+    return put_back
+
+
 def saves_itself(module: nn.Module) -> bool:
     """Whether the class has its own ``_save_to_state_dict``, so that its state may be elsewhere than in tensors."""
     return type(module)._save_to_state_dict is not nn.Module._save_to_state_dict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
         UnsupportedModuleError: Something cannot be computed (on the meta device, an error in a parametrization), an
             original is tied to another tensor, or a hook is one that no parametrization has the state of (of a vector
             or a complex tensor, of a subclass, or with tensors that were taken away). All such are listed, and nothing
-            has changed.
+            has changed. Nor has it after any other error, or an interrupt.
         TypeError: ``model`` is no module.
 
     Example:
@@ -70,13 +70,7 @@ def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
                 problems.append(Problem(tensor.name, "unsupported", f"it cannot be computed: {error}"))
         if problems:
             raise UnsupportedModuleError(f"cannot bake {type(model).__qualname__}, which is as it was", problems)
-        for tensor, weight in zip(tensors, weights, strict=True):
-            if tensor.hook_names:
-                _unhook(tensor, weight)
-            else:
-                unregister(tensor.module, tensor.tensor_name, weight)
-        for pruned in survey.pruned:
-            prune.remove(pruned.module, pruned.name)  # type: ignore[no-untyped-call]
+        _change(survey, weights)
         done = {tensor.name: _kinds_of(tensor, registry) for tensor in tensors}
         done |= {join(pruned.paths[0], pruned.name): "pruning, a hook" for pruned in survey.pruned}
     return BakeReport(done, tuple(tensor.name for tensor in tensors if _is_replaced(tensor)))
@@ -143,6 +137,42 @@ class _Survey:
         return None
 
 
+def _change(survey: _Survey, weights: Sequence[Tensor]) -> None:
+    """Put the weights in the places of what computes them; what raises on the way, an interrupt too, is undone."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for tensor, weight in zip(survey.tensors, weights, strict=True):
+            undo.append(_remembered(tensor.module, tensor.originals.values()))
+            if tensor.hook_names:
+                _unhook(tensor, weight)
+            else:
+                unregister(tensor.module, tensor.tensor_name, weight)
+        for pruned in survey.pruned:
+            undo.append(_remembered(pruned.module, [_torch.own_parameters(pruned.module)[f"{pruned.name}_orig"]]))
+            prune.remove(pruned.module, pruned.name)  # type: ignore[no-untyped-call]
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _remembered(module: nn.Module, originals: Iterable[Tensor]) -> Callable[[], None]:
+    """Remember what baking a tensor of a module changes; the result puts it back."""
+    lists = _torch.child_modules(module).get("parametrizations")
+    modules = [_torch.remember_module(each) for each in (module, lists) if each is not None]
+    tensors = [(original, original.data, original.grad, original.requires_grad) for original in originals]
+
+    def put_back() -> None:
+        for step in modules:
+            step()
+        for original, data, grad, requires_grad in tensors:
+            original.data = data
+            original.requires_grad_(requires_grad)
+            original.grad = grad
+
+    return put_back
+
+
 def _count_of_originals(tensor: ParametrizedTensor) -> int:
     return len(_torch.original_names(_torch.parametrization_lists(tensor.module)[tensor.tensor_name]))
 
@@ -158,6 +188,8 @@ def _weight_of(tensor: ParametrizedTensor, registry: Registry) -> Tensor:
     weight = computed(tensor, registry)
     if weight is None:
         weight = _evaluated(tensor)
+    if weight.layout is not torch.strided:
+        raise TypeError(f"it is a tensor of the layout {weight.layout}, which no plain parameter can have here")
     # What was computed may be state itself, another tensor's too, or a small part of a large matrix.
     return weight.detach().clone()
 

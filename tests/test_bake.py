@@ -421,6 +421,63 @@ def test_all_errors_of_parametrizations_are_listed_and_nothing_changes() -> None
     assert_unchanged(model, before)
 
 
+def test_a_weight_of_another_layout_is_refused() -> None:
+    model = nn.Sequential(orthogonal(nn.Linear(3, 3)), parametrized(Given(lambda x: x.to_sparse()), unsafe=True))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModuleError, match=r"1\.weight: .*layout torch\.sparse_coo"):
+        orthoserde.bake_(model)
+    assert_unchanged(model, before)
+
+
+class Locked(nn.Linear):
+    """Takes no parameters when it is locked."""
+
+    locked = False
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if self.locked:
+            raise PermissionError("locked")
+        super().register_parameter(name, param)
+
+
+@pytest.mark.parametrize("last", ["locked", "interrupted"])
+def test_an_error_in_the_middle_changes_nothing(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = weight_norm(Locked(4, 4))
+    model: Any = nn.Sequential(
+        orthogonal(nn.Linear(4, 4)),
+        with_hook("weight_norm", nn.Linear(4, 4)),
+        with_hook("spectral_norm", nn.Linear(4, 4)),
+        parametrized(Scale()),
+        locked,
+        pruned(nn.Linear(4, 4)),
+    )
+    lived_in(model)
+    if last == "locked":
+        locked.locked = True
+    else:
+
+        def interrupted(module: nn.Module, name: str) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(prune, "remove", interrupted)
+    before = snapshot(model)
+    with pytest.raises(PermissionError if last == "locked" else KeyboardInterrupt):
+        orthoserde.bake_(model)
+    assert_unchanged(model, before)
+    locked.locked = False
+    monkeypatch.undo()
+    expected = {name: weight_of(model, name) for name in ("0", "3", "4")}
+    orthoserde.bake_(model)
+    assert all(torch.equal(model[int(name)].weight, weight) for name, weight in expected.items())
+
+
+def weight_of(model: Any, name: str) -> Tensor:
+    """The weight of evaluation mode."""
+    layer = copy.deepcopy(model[int(name)]).eval()
+    weight: Tensor = layer.weight.detach()
+    return weight
+
+
 def test_a_parametrization_that_gives_no_tensor_is_refused() -> None:
     link = Given(lambda x: x)
     layer = parametrized(link, unsafe=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -445,6 +446,33 @@ def test_a_damaged_base_is_found_by_verify_and_diagnose(tmp_path: Path) -> None:
     orthoserde.save(model, tmp_path / FILE)
     assert orthoserde.verify(tmp_path / FILE).off_constraint == ("weight",)
     assert [finding.code for finding in orthoserde.diagnose(model)] == ["weight-off-constraint"]
+
+
+VERIFY = """
+import sys, geotorch, orthoserde
+for path in sys.argv[1:]:
+    report = orthoserde.verify(path)
+    print(report.ok, report.residuals.get("weight"))
+"""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_tensor_that_is_not_finite_is_off_the_constraint_and_does_not_end_the_process(
+    value: float, tmp_path: Path
+) -> None:
+    """LAPACK's eigenvalues of such a matrix write past its memory."""
+    # A square matrix has one column space, whatever its parameters are.
+    measured = [case for case in TRAINABLE if SORTS[case[0]].distance and case != ("Grassmannian", "square")]
+    paths = [str(tmp_path / f"{name} {shape}") for name, shape in measured]
+    for (name, shape), path in zip(measured, paths, strict=True):
+        model = constrained(name, shape)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        orthoserde.save(model, path)
+    found = subprocess.run([sys.executable, "-c", VERIFY, *paths], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert dict(zip(paths, found.stdout.splitlines(), strict=True)) == dict.fromkeys(paths, "False nan")
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)

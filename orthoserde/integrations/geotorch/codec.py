@@ -145,10 +145,12 @@ class GeotorchCodec(OneVersion):
 
         Of matrices: the largest entry of ``W - W^T``, ``W + W^T`` or ``W^T W - I``, the singular values beyond the rank
         or outside of the interval, ``|log det W|``, the negative eigenvalues, and real parts above ``-alpha``; of
-        vectors, that of the norm from the radius. None for ``Rn`` and ``GLp``.
+        vectors, that of the norm from the radius. None for ``Rn`` and ``GLp``, NaN for what is not finite.
         """
         if self._sort.distance is None:
             return None
+        if not torch.isfinite(weight).all():  # LAPACK's eigenvalues of such a matrix may write past its memory
+            return math.nan
         return self._sort.distance(weight.detach().double(), config) if weight.numel() else 0.0
 
     def admits(self, weight: Tensor, config: Mapping[str, JSON]) -> bool:
@@ -156,6 +158,8 @@ class GeotorchCodec(OneVersion):
         distance = self.residual_in(weight, config)
         if not distance:
             return True
+        if math.isnan(distance):
+            return False
         if self._sort.distance is SORTS["Stiefel"].distance:
             return OrthogonalCodec().admits(weight, {})
         eps = torch.finfo(torch.float64 if weight.dtype is torch.float64 else torch.float32).eps

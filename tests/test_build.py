@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 
 import orthoserde
 from orthoserde import ConfigError, Fidelity, IncompatibleModelError, Registry
+from tests.helpers import assert_unchanged, snapshot
 
 REGISTRY = Registry()
 
@@ -112,24 +113,55 @@ def test_the_computed_weight_of_a_shared_module_is_added_once_and_found_under_al
     assert torch.equal(plain.weight, cast("Tensor", shared.weight))
 
 
-def test_a_weight_that_its_class_cannot_compute_alone_is_not_added(tmp_path: Path) -> None:
+def test_the_weight_of_a_registered_class_is_the_one_that_the_model_has(tmp_path: Path) -> None:
+    """It may compute with what is no state: a buffer that is not saved, an attribute that was set later."""
     registry = Registry()
 
-    @registry.register("tests.build>Fixed")
-    class Fixed(nn.Module):
-        fixed: Tensor
+    @registry.register("tests.build>Masked")
+    class Masked(nn.Module):
+        mask: Tensor
 
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("fixed", torch.eye(3), persistent=False)
+            self.scale, self.calls = 1.0, 0
+            self.register_buffer("mask", torch.ones(3, 3), persistent=False)
+            self.register_buffer("original", torch.full((3, 3), 2.0))
+            self.register_buffer("seen", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x @ self.fixed
+            self.seen += 1
+            return (x * self.mask + self.original) @ self.mask * self.scale
 
     model = nn.Linear(3, 3)
-    parametrize.register_parametrization(model, "weight", Fixed())
+    parametrize.register_parametrization(model, "weight", Masked())
+    own: Any = cast("Any", model.parametrizations).weight[0]
+    own.mask.copy_(torch.eye(3))
+    own.scale = 5.0
     model.double()
-    with pytest.raises(ConfigError, match=r"weight: include_weights: it cannot be computed .*; save without"):
+    expected = model.weight.detach().clone()
+    before = snapshot(model)
+    orthoserde.save(model, tmp_path / "m", include_weights=True, registry=registry)
+    assert_unchanged(model, before)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "m")["weight"], expected)
+    orthoserde.bake_(model, registry=registry)
+    assert torch.equal(cast("Tensor", model.weight), expected)
+
+
+def test_a_weight_that_its_class_fails_to_compute_is_not_added(tmp_path: Path) -> None:
+    registry = Registry()
+
+    @registry.register("tests.build>Failing")
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                raise ZeroDivisionError("no more")
+            return x
+
+    model = nn.Linear(3, 3)
+    parametrize.register_parametrization(model, "weight", Failing())
+    with pytest.raises(
+        ConfigError, match=r"weight: include_weights: it cannot be computed.*: no more; save without include_weights"
+    ):
         orthoserde.save(model, tmp_path / "m", include_weights=True, registry=registry)
     assert not (tmp_path / "m").exists()
     orthoserde.save(model, tmp_path / "m", registry=registry)

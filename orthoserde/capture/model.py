@@ -109,8 +109,7 @@ def _compute(tensor: ParametrizedTensor, registry: Registry) -> Tensor:
         weight = computed(tensor, registry)
     except Exception as error:  # whatever a registered class raises, or torch where it has no such operation
         raise ConfigError(
-            f"{tensor.name}: include_weights: it cannot be computed from its configuration and its state: "
-            f"{one_line(error)}; save without include_weights"
+            f"{tensor.name}: include_weights: it cannot be computed: {one_line(error)}; save without include_weights"
         ) from error
     if weight is None:
         raise ConfigError(

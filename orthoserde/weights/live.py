@@ -1,14 +1,15 @@
-"""The computed tensor and its distance from the constraint, from state alone.
+"""The computed tensor of a live model and its distance from the constraint, without disturbing the model.
 
-The parametrizations of the model are not run: spectral_norm's would move its buffers, a user's might draw random
-numbers.
+Parametrizations that a codec speaks for are not run: spectral_norm's would move its buffers. A class that was merely
+registered may compute with what is no state, so it is run itself, in evaluation mode, on copies of its tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from orthoserde import _torch, modes
 from orthoserde.parametrizations import codec_for_type
@@ -51,10 +52,31 @@ def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
             config = None if codec is None else codec.config(parametrization)
             if codec is None or config is None:
                 return None
-            own = {role: value.detach() for role, value in codec.tensors(parametrization).items()}
-            weight = codec.compute(config, {**current, **own})
+            if isinstance(codec, RegisteredClass):
+                weight = _run(parametrization, list(current.values()))
+            else:
+                own = {role: value.detach() for role, value in codec.tensors(parametrization).items()}
+                weight = codec.compute(config, {**current, **own})
             current = {"original": weight}
     return weight
+
+
+def _run(parametrization: nn.Module, inputs: list[Tensor]) -> Tensor:
+    """What a parametrization makes of tensors in evaluation mode; its own tensors and its mode stay as they are."""
+    copies = {name: tensor.detach().clone() for name, tensor in parametrization.named_parameters()}
+    copies |= {name: tensor.detach().clone() for name, tensor in parametrization.named_buffers()}
+    modes_before = [(part, part.training) for part in parametrization.modules()]
+    try:
+        for part, _ in modes_before:
+            part.training = False
+        with torch.no_grad():
+            weight = torch.func.functional_call(parametrization, copies, tuple(inputs))
+    finally:
+        for part, mode in modes_before:
+            part.training = mode
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected a tensor, got a {type(weight).__name__}")
+    return weight.detach()
 
 
 def residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:

@@ -86,7 +86,7 @@ def device_of(device: object) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch without CUDA asserts that it has it
         raise ConfigError(f"device: {device!r} cannot be used here: {one_line(error)}") from error
     if found.type == "meta":
         raise ConfigError("device: expected a device with memory, got 'meta'")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, Manifest, ParametrizedRecord, join
+from orthoserde.keys import plainly_parametrized
+from orthoserde.manifest import DENSE, ORTHOGONAL, STRUCTURED, Manifest, ParametrizedRecord
 from orthoserde.orthonormal.probe import moved_diagonal, off_orthonormal
 from orthoserde.parametrizations import is_built_in
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
@@ -142,16 +143,11 @@ def _base_error(record: ParametrizedRecord, checkpoint: Checkpoint) -> float | N
 
 def _unrecorded(manifest: Manifest) -> dict[str, str]:
     """Parametrized tensors of a file without configuration: torch's keys give them away."""
-    found: dict[str, str] = {}
-    if not manifest.has_configuration:
-        recorded = {record.name for record in manifest.parametrized}
-        for key in (*manifest.tensors, *manifest.aliases):
-            parts = key.split(".")
-            if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] in ("original", "original0"):
-                name = join(*parts[:-3], parts[-2])
-                if name not in recorded:
-                    found[name] = "the file has no configuration"
-    return found
+    if manifest.has_configuration:
+        return {}
+    recorded = {record.name for record in manifest.parametrized}
+    names = plainly_parametrized([*manifest.tensors, *manifest.aliases])
+    return {name: "the file has no configuration" for name in names if name not in recorded}
 
 
 def _measure(

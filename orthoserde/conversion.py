@@ -336,6 +336,7 @@ def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> 
         return  # an empty one will do, and whoever writes it looks
     if not is_folder:
         check_file_name(target)
+        storage.check_name(target)
     if os.path.lexists(target) and (is_folder or not force):
         hint = (
             "give the name of a folder" if is_folder else "give another name, or replace it with force=True (--force)"

@@ -44,6 +44,19 @@ def prefixes_in(key: str) -> list[str]:
     return [".".join(parts[: i + 2]) for i in range(len(parts) - 2) if parts[i] == "parametrizations"]
 
 
+def plainly_parametrized(keys: Iterable[str]) -> list[str]:
+    """Names of the parametrized tensors that torch's keys give away: where an original stands, and nothing else.
+
+    A module may be called ``parametrizations`` too.
+    """
+    found: dict[str, None] = {}
+    for key in keys:
+        parts = key.split(".")
+        if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] in ("original", "original0"):
+            found[join(*parts[:-3], parts[-2])] = None
+    return list(found)
+
+
 def parts_by_prefix(keys: Iterable[str], hooked: Mapping[str, str]) -> dict[str, list[str]]:
     """Keys of the parts of each parametrized tensor, by what they begin with, or stand under in ``hooked``."""
     found: dict[str, list[str]] = {}

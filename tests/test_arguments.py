@@ -175,8 +175,35 @@ def test_other_arguments_say_what_they_got(tmp_path: Path) -> None:
         orthoserde.save(model, path, optimizer=untyped([scheduler.optimizer]))
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "cuda:9999", "meta"])
-def test_a_device_that_cannot_be_used_is_refused_before_anything_changes(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize("given", ["x", {"a": 1}, orthoserde.Registry], ids=str)
+def test_what_is_no_registry_is_a_type_error(tmp_path: Path, given: object) -> None:
+    model, path = nn.Linear(2, 2), tmp_path / "m"
+    orthoserde.save(model, path)
+    expected = rf"^registry: expected an orthoserde\.Registry, got {type(given).__name__}$"
+    for call in (
+        lambda registry: orthoserde.save(model, path, registry=registry),
+        lambda registry: orthoserde.load(model, path, registry=registry),
+        lambda registry: orthoserde.build(path, registry=registry),
+        lambda registry: orthoserde.verify(path, registry=registry),
+        lambda registry: orthoserde.convert(path, tmp_path / "x", "baked", registry=registry),
+        lambda registry: orthoserde.bake_(model, registry=registry),
+    ):
+        with pytest.raises(TypeError, match=expected):
+            call(untyped(given))
+
+
+def test_one_file_is_not_saved_under_the_name_of_an_index(tmp_path: Path) -> None:
+    model, path = nn.Linear(2, 2), tmp_path / "m.safetensors.index.json"
+    with pytest.raises(orthoserde.ConfigError, match="would be read as the index of shards; give a name that ends in"):
+        orthoserde.save(model, path)
+    orthoserde.save(model, tmp_path / "m")
+    with pytest.raises(orthoserde.ConfigError, match="would be read as the index of shards; give a name that ends in"):
+        orthoserde.convert(tmp_path / "m", path, "dense")
+    assert [each.name for each in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "cuda:9999", "meta", 2**70])
+def test_a_device_that_cannot_be_used_is_refused_before_anything_changes(tmp_path: Path, device: Any) -> None:
     registry = orthoserde.Registry()
     registered = registry.register("tests.arguments>Layer")(Layer)
     orthoserde.save(registered(), tmp_path / "m", registry=registry)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -165,6 +167,24 @@ def test_a_weight_that_its_class_fails_to_compute_is_not_added(tmp_path: Path) -
         orthoserde.save(model, tmp_path / "m", include_weights=True, registry=registry)
     assert not (tmp_path / "m").exists()
     orthoserde.save(model, tmp_path / "m", registry=registry)
+
+
+def test_a_residual_that_cannot_be_computed_is_none_and_fails_nothing(tmp_path: Path) -> None:
+    model = orthogonal(nn.Linear(8, 4)).bfloat16()
+    seen: list[Mapping[str, object]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", orthoserde.TrainingTrapWarning)
+        orthoserde.save(model, tmp_path / "m", debug=seen.append)
+        report = orthoserde.load(model, tmp_path / "m")
+    assert [(each["tensor"], each["residual"]) for each in seen] == [("weight", None)]
+    assert report.tensors["weight"].residual is None
+
+
+def test_state_without_tensors_leaves_a_file_that_a_strict_load_state_dict_takes(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    assert orthoserde.save(model, tmp_path / "m", state={"step": 7}).needs_orthoserde == ()
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "m"))
+    assert orthoserde.save(model, tmp_path / "m", state={"average": torch.zeros(2)}).needs_orthoserde
 
 
 def test_a_weight_that_only_unknown_code_could_compute_is_not_added(tmp_path: Path) -> None:

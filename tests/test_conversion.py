@@ -192,6 +192,12 @@ def test_a_source_without_configuration_gives_a_plain_file(tmp_path: Path) -> No
         convert(tmp_path / "a", tmp_path / "c", "compact")
 
 
+def test_a_module_that_is_called_parametrizations_is_no_parametrization(tmp_path: Path) -> None:
+    save_file({"parametrizations.a.weight": torch.ones(2, 2)}, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "x", "baked")
+    assert load_file(tmp_path / "x").keys() == {"parametrizations.a.weight"}
+
+
 def test_the_size_of_a_folder_is_that_of_the_files_that_are_read(tmp_path: Path) -> None:
     report = orthoserde.save(make(), tmp_path / "run", max_shard_size=300)
     files = list((tmp_path / "run").iterdir())

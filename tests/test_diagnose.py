@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -510,6 +511,18 @@ def accelerated(optimizer: Optimizer) -> Any:
     """In a class that is called as accelerate's wrapper is."""
     names = {"__module__": "accelerate.optimizer", "__qualname__": "AcceleratedOptimizer"}
     return type("AcceleratedOptimizer", (Duck,), names)(optimizer)
+
+
+@pytest.mark.parametrize(
+    "decay", [np.float32(0.01), np.float64(0.01), torch.tensor(0.01), torch.tensor([0.01])], ids=repr
+)
+def test_a_decay_is_found_whatever_number_it_is(decay: Any) -> None:
+    layer = orthogonal(nn.Linear(4, 4), orthogonal_map="householder")
+    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.01)
+    optimizer.param_groups[0]["weight_decay"] = decay
+    assert "weight-decay-householder" in [finding.code for finding in diagnose(layer, optimizer)]
+    optimizer.param_groups[0]["weight_decay"] = torch.zeros(3)  # no number, and no decay that torch would take
+    assert diagnose(layer, optimizer) == []
 
 
 @pytest.mark.parametrize(("wrap", "name"), [(Duck, "Duck"), (accelerated, "AdamW")])

@@ -112,6 +112,19 @@ def test_a_tie_that_the_model_has_lost_is_refused_and_strict_false_loads_copies(
     assert torch.equal(other.embedding.weight, model.embedding.weight)
 
 
+def test_a_tie_that_the_file_does_not_have_is_no_exact_load(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3))
+
+    orthoserde.save(make(), tmp_path / "m")
+    tied = make()
+    tied[1] = tied[0]
+    report = orthoserde.load(tied, tmp_path / "m")
+    assert report.fidelity is Fidelity.UNVERIFIED
+    assert "0.weight: tied in the model to what is separate in the file: 1.weight" in report.notes
+    assert orthoserde.load(make(), tmp_path / "m").fidelity is Fidelity.EXACT
+
+
 def test_a_shared_buffer_that_was_moved_apart_is_no_lost_tie(tmp_path: Path) -> None:
     mask = torch.arange(4.0)
     model = nn.Sequential(nn.Module(), nn.Module())

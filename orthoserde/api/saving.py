@@ -134,6 +134,7 @@ def save(
     name = target_of(path)
     if max_shard_size is None:
         check_file_name(name, "; max_shard_size saves into a folder")
+        storage.check_name(name)
     prepared = prepare(
         model,
         optimizer=optimizer,
@@ -229,7 +230,7 @@ def _save_report(manifest: Manifest, path: str, file_bytes: int, untried: tuple[
         reasons.append(f"what a strict load_state_dict asks for is not all in it: {len(manifest.left_out)} left out")
     if manifest.computed:
         reasons.append("computed tensors are among them, which a strict load_state_dict does not expect")
-    if manifest.training is not None:
+    if manifest.training_keys:
         reasons.append("training state is among its tensors, which a strict load_state_dict does not expect")
     if any(record.dtype == "complex128" for record in manifest.tensors.values()):
         reasons.append("complex128 tensors are stored as pairs of float64")

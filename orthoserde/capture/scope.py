@@ -73,7 +73,8 @@ def scope_of(inventory: Inventory, registry: Registry, select: Select) -> Scope:
     skipped = _skipped_modules(inventory, wanted, adapters if select is None else frozenset())
     left_out = [key for key in tensors if key not in wanted]
     left_out += [key for keys in skipped.values() for key in keys if key not in tensors]
-    problems = [problem for problem in inventory.problems if problem.where not in {*left_out, *skipped}]
+    elsewhere = {*left_out, *skipped}
+    problems = [problem for problem in inventory.problems if problem.where not in elsewhere]
     return Scope({key: tensors[key] for key in tensors if key in wanted}, tuple(left_out), tuple(problems))
 
 

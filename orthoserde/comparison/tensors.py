@@ -92,10 +92,11 @@ def compare(one: Side, two: Side, name: str, registry: Registry) -> TensorDiffer
     comparable = shapes[0] == shapes[1]
     if kinds == (PLAIN, PLAIN):
         values = _stored_distance(one.whole, name, two.whole, name) if comparable else None
-        if values is not None and values.identical:
+        settings = _sorts(one, two, name)
+        if values is not None and values.identical and not settings:
             return None
         text = _shapes_differ(comparable)
-        return TensorDifference(one.in_file(name), kinds, shapes, dtypes, values=values, not_compared=text)
+        return TensorDifference(one.in_file(name), kinds, shapes, dtypes, settings, values=values, not_compared=text)
     if kinds[0] == kinds[1]:
         settings = _settings(one.records[name], two.records[name])
         state, complete = _state(one, two, name)
@@ -114,6 +115,18 @@ def compare(one: Side, two: Side, name: str, registry: Registry) -> TensorDiffer
     return TensorDifference(
         name, kinds, shapes, dtypes, settings, state, distances.between(left, right), manifold=manifold
     )
+
+
+def _sorts(one: Side, two: Side, name: str) -> dict[str, Pair]:
+    """What differs in a plain tensor beside its elements: whether it is a parameter, and requires a gradient."""
+    if not (one.has_configuration and two.has_configuration):
+        return {}  # other libraries do not say
+    left, right = one.stored(name), two.stored(name)
+    pairs = {
+        "parameter": (left.parameter, right.parameter),
+        "requires_grad": (left.requires_grad, right.requires_grad),
+    }
+    return {place: pair for place, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _shapes_differ(comparable: bool) -> str:

@@ -8,7 +8,14 @@ from orthoserde.registry import Registry, default_registry
 
 
 def in_process(registry: Registry | None) -> Registry:
-    """The registry, the default one for None, extended by libraries whose classes are known where they are imported."""
+    """The registry, the default one for None, extended by libraries whose classes are known where they are imported.
+
+    Raises:
+        TypeError: It is no registry.
+    """
+    given: object = registry
+    if given is not None and not isinstance(given, Registry):
+        raise TypeError(f"registry: expected an orthoserde.Registry, got {type(given).__name__}")
     registry = default_registry if registry is None else registry
     if "geotorch" not in sys.modules:
         return registry

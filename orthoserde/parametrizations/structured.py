@@ -104,10 +104,15 @@ class Orthogonal(_torch.NoticesCasts):
         columns = self.columns
         if columns is None:
             raise RuntimeError("an orthogonal parametrization without columns; load its state first")
-        if original.dtype != columns.dtype or dtype_name(original.dtype) not in ORTHONORMAL_DTYPES:
+        if dtype_name(original.dtype) not in ORTHONORMAL_DTYPES:
             raise RuntimeError(
-                f"original: expected {columns.dtype} as its columns are, float32 or better, got {original.dtype}; "
-                "keep the module in full precision and use autocast"
+                f"original: expected float32 or better, got {original.dtype}; keep the module in full precision and "
+                "use autocast"
+            )
+        if original.dtype != columns.dtype:
+            raise RuntimeError(
+                f"original: expected {columns.dtype} as its columns are, got {original.dtype}; change the dtype of the "
+                "module, not of one of its tensors"
             )
         # Nor is there anything to see in tensors that a compiler traces with.
         traced = torch.compiler.is_compiling() or _torch.overrides_dispatch(columns)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from orthoserde import api, storage
@@ -195,8 +196,9 @@ def _loss(returned: object) -> float | None:
         return None
     if isinstance(returned, Tensor) and returned.numel() == 1 and not returned.is_complex():
         return float(returned.detach())
-    if isinstance(returned, (int, float)):
-        return float(returned)
+    number = returned.item() if isinstance(returned, (np.generic, np.ndarray)) and returned.ndim == 0 else returned
+    if isinstance(number, (int, float)):
+        return float(number)
     raise TypeError(f"step: expected the loss (a number, or a tensor of one element) or None, got {returned!r:.200}")
 
 

@@ -134,8 +134,10 @@ def _held_to(reference: object, steps: int) -> _HeldTo:
         return _HeldTo()
     if isinstance(reference, (str, os.PathLike)):
         return _HeldTo(files={steps: _file(reference)})
-    items = list(reference) if isinstance(reference, Iterable) else None
-    if items is None or isinstance(reference, (bytes, dict)):
+    # A tensor without dimensions says that it is iterable, and is not.
+    single = isinstance(reference, (bytes, dict)) or getattr(reference, "ndim", 1) == 0
+    items = list(reference) if isinstance(reference, Iterable) and not single else None
+    if items is None:
         raise ConfigError(f"reference: expected losses, files or one file, got {type(reference).__name__}")
     if len(items) < steps:
         raise ConfigError(

@@ -14,6 +14,7 @@ from orthoserde.restore.plan import Make, Tie, Write
 from orthoserde.restore.table import Table
 from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name, may_overlap
 from orthoserde.walk import Slot, identity
+from orthoserde.wording import shorten
 
 
 def match_tensors(table: Table) -> None:
@@ -57,6 +58,7 @@ def _match_tensor(table: Table, found: list[Slot], slots: list[Slot]) -> list[tu
     stored = list(dict.fromkeys(table.manifest.kept_key(each.key) for each in found))
     if len(stored) > 1:
         table.plan.ties.append(Tie(slot.key, tuple(stored)))
+        _note_new_tie(table, stored, slot)
     record = table.stored(slot.key)
     if tensor is not None and record.shape != tuple(tensor.shape):
         text = f"shape {list(record.shape)} in the file, {list(tensor.shape)} in the model"
@@ -84,6 +86,14 @@ def _match_tensor(table: Table, found: list[Slot], slots: list[Slot]) -> list[tu
     place = Place(tuple(slots), record.requires_grad if fresh else None)
     table.plan.makes.append(Make(slot.key, stored[0], dtype, device, place))
     return [(slot.key, tensor)] if isinstance(tensor, nn.Parameter) and not fresh else []
+
+
+def _note_new_tie(table: Table, stored: list[str], slot: Slot) -> None:
+    """Note a parameter that is one in the model and several in the file: it goes on as one from here."""
+    if table.manifest.has_configuration and slot.parameter:
+        table.plan.lower(Fidelity.UNVERIFIED)
+        names = shorten([key for key in stored if key != slot.key])
+        table.plan.notes.append(f"{slot.key}: tied in the model to what is separate in the file: {names}")
 
 
 def _check_swaps(table: Table, swaps: Collection[tuple[str, Tensor]]) -> None:

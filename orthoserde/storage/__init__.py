@@ -3,7 +3,7 @@
 from orthoserde.storage.atomic import sync_folder
 from orthoserde.storage.format import FORBIDDEN_TENSOR_KEYS
 from orthoserde.storage.leftovers import remove_leftovers
-from orthoserde.storage.paths import files_of, read
+from orthoserde.storage.paths import check_name, files_of, read
 from orthoserde.storage.plain import write_plain, write_torch
 from orthoserde.storage.reader import read_file
 from orthoserde.storage.shards import write_shards
@@ -11,6 +11,7 @@ from orthoserde.storage.writer import write
 
 __all__ = [
     "FORBIDDEN_TENSOR_KEYS",
+    "check_name",
     "files_of",
     "read",
     "read_file",

@@ -6,6 +6,7 @@ import os
 
 from orthoserde.arguments import path_of
 from orthoserde.checkpoint import Checkpoint
+from orthoserde.errors import ConfigError
 from orthoserde.storage.reader import read_file
 from orthoserde.storage.shards import files_of_index, found_in, is_index_name, read_folder, read_index
 
@@ -29,6 +30,16 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     if os.path.isdir(name):
         return read_folder(name)
     return read_index(name) if is_index_name(name) else read_file(name)
+
+
+def check_name(path: str) -> None:
+    """Refuse a path to write one file to that would be read as something else.
+
+    Raises:
+        ConfigError: It ends as the name of an index of shards does.
+    """
+    if is_index_name(path):
+        raise ConfigError(f"{path}: would be read as the index of shards; give a name that ends in .safetensors")
 
 
 def files_of(path: str) -> list[str]:

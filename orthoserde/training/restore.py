@@ -130,9 +130,7 @@ class TrainingPlan:
     @property
     def summary(self) -> str:
         """What is loaded, in words; empty if nothing is."""
-        parts = [
-            f"{place_of(plan.label).replace('.', ' ')} ({len(plan.numbers)} parameters)" for plan in self.optimizers
-        ]
+        parts = [f"{f'optimizer {plan.label}'.rstrip()} ({len(plan.numbers)} parameters)" for plan in self.optimizers]
         parts += list(self.targets.state)
         return ", ".join([*parts, *(["random generators"] if self.targets.rng else [])])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from orthoserde import modes
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, Problem
-from orthoserde.keys import parts_by_prefix
+from orthoserde.keys import plainly_parametrized
 from orthoserde.manifest import (
     DENSE,
     HOOK,
@@ -200,10 +200,8 @@ def _computed(origin: str, record: ParametrizedRecord, compute: Callable[[], Ten
 def _unexplained(checkpoint: Checkpoint, known: Collection[str]) -> Iterator[Problem]:
     """Keys of parametrizations of which nothing is known."""
     manifest = checkpoint.manifest
-    for prefix in parts_by_prefix([*manifest.tensors, *manifest.aliases], {}):
-        path, _, tensor_name = prefix.rpartition(".")
-        name = join(path.removesuffix("parametrizations").removesuffix("."), tensor_name)
-        if name not in known and not manifest.has_configuration:
+    for name in () if manifest.has_configuration else plainly_parametrized([*manifest.tensors, *manifest.aliases]):
+        if name not in known:
             yield Problem(name, "unsupported", "the file does not say what its parametrizations are")
 
 

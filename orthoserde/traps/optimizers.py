@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -43,9 +44,11 @@ class Held:
     parameter: Tensor
 
     def number(self, setting: str) -> float:
-        """A setting of the group, 0 where there is none; some optimizers keep tensors."""
+        """A setting of the group, 0 where there is none that is one number; some optimizers keep tensors."""
         value = self.group.get(setting)
-        return float(value) if isinstance(value, (int, float, Tensor)) else 0.0
+        if isinstance(value, Tensor):
+            return float(value) if value.numel() == 1 and not value.is_complex() else 0.0
+        return float(value) if isinstance(value, SupportsFloat) else 0.0
 
 
 def held_by(optimizers: Mapping[str, Optimizer]) -> dict[int, list[Held]]:

@@ -80,9 +80,12 @@ def _run(parametrization: nn.Module, inputs: list[Tensor]) -> Tensor:
 
 
 def residual(tensor: ParametrizedTensor, registry: Registry) -> float | None:
-    """Distance of the computed tensor from its last constraint; None where there is none to measure."""
+    """Distance of the computed tensor from its last constraint; None where there is none to measure, or no way to."""
     last = codecs_of(tensor, registry)[-1]
-    weight = computed(tensor, registry)
-    if last is None or weight is None:
+    try:
+        weight = computed(tensor, registry)
+        if last is None or weight is None:
+            return None
+        return residual_of(last, weight, last.config(_torch.unwrap(tensor.parametrizations[-1])))
+    except Exception:  # torch has no such operation for this dtype, or whatever a user's class raises: it is no state
         return None
-    return residual_of(last, weight, last.config(_torch.unwrap(tensor.parametrizations[-1])))

@@ -190,6 +190,28 @@ def test_a_tolerance_is_for_values_alone(tmp_path: Path) -> None:
     assert not compare(tmp_path / "a", tmp_path / "b", tolerance=math.inf).same
 
 
+def test_a_buffer_and_a_frozen_parameter_are_not_the_same_as_a_parameter(tmp_path: Path) -> None:
+    parts = {"a": nn.Linear(2, 2), "frozen": nn.Linear(2, 2), "buffer": nn.Linear(2, 2)}
+    for part in parts.values():
+        part.load_state_dict(parts["a"].state_dict())
+    parts["frozen"].bias.requires_grad_(False)
+    bias = parts["buffer"].bias.detach()
+    del parts["buffer"].bias
+    parts["buffer"].register_buffer("bias", bias)
+    for name, part in parts.items():
+        orthoserde.save(part, tmp_path / name)
+    expected = {
+        "frozen": {"requires_grad": (True, False)},
+        "buffer": {"parameter": (True, False), "requires_grad": (True, False)},
+    }
+    for name, settings in expected.items():
+        report = compare(tmp_path / "a", tmp_path / name, tolerance=1.0)
+        assert report.differs_in == ("tensors",)
+        assert {key: each.settings for key, each in report.tensors.items()} == {"bias": settings}
+    save_file(dict(parts["a"].state_dict()), tmp_path / "plain")
+    assert compare(tmp_path / "a", tmp_path / "plain").same
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint64], ids=str)
 def test_integers_that_double_precision_takes_for_one_are_not_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
     for name, number in (("a", 2**60), ("b", 2**60 + 1)):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,6 +112,13 @@ def test_what_step_may_not_return_is_told(start: Path, value: object) -> None:
     assert last.error.startswith("TypeError: step: expected the loss (a number, or a tensor of one element) or None")
 
 
+@pytest.mark.parametrize("value", [2, 2.0, torch.tensor([2.0]), np.float32(2), np.int64(2), np.array(2.0)], ids=repr)
+def test_a_loss_is_any_number(start: Path, value: object) -> None:
+    messages = told(start, cases.make_small, functools.partial(cases.returned_by_step, value))
+    (stepped,) = (each for each in messages if isinstance(each, child.Stepped))
+    assert (type(stepped.loss), stepped.loss) == (float, 2.0)
+
+
 def test_a_file_that_does_not_fit_is_told(start: Path) -> None:
     *_, doing, last = told(start, functools.partial(cases.make_small, width=7))
     assert doing.what == f"loading {start}"
@@ -152,6 +160,8 @@ def test_steps_are_counted_from_one(start: Path, steps: Any) -> None:
         ([1.0, "a", 2.0], r"expected losses \(numbers\) or files \(paths\), and not both, got a str"),
         ([torch.zeros(2)] * 3, "not both, got a Tensor"),
         ([1.0, 2.0, 10**400], "not both, got a int"),
+        (torch.tensor(1.0), "expected losses, files or one file, got Tensor"),
+        (np.array(1.0), "expected losses, files or one file, got ndarray"),
     ],
 )
 def test_a_reference_is_losses_or_files(start: Path, reference: Any, message: str) -> None:

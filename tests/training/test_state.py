@@ -93,6 +93,13 @@ def refused(path: Path, model: nn.Module, match: str, **arguments: Any) -> None:
 # By name
 
 
+def test_a_report_calls_optimizers_by_their_names(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizers = {"net.g": torch.optim.SGD(model.parameters(), lr=0.1)}
+    orthoserde.save(model, tmp_path / "m", optimizer=optimizers)
+    assert "optimizer net.g (2 parameters)" in str(orthoserde.load(model, tmp_path / "m", optimizer=optimizers))
+
+
 def test_state_goes_to_the_parameters_of_the_same_names_in_any_order(tmp_path: Path) -> None:
     model, optimizer = saved(tmp_path / "m")
     other = net()

@@ -101,7 +101,10 @@ class Adapter(nn.Module):
             try:
                 self.add_module(name, loreft)
             except KeyError as error:
-                raise ValueError(f"layers: {path!r} is a name that an adapter has a use for itself") from error
+                raise ValueError(
+                    f"layers: {path!r} is a name that an adapter has a use for itself; attach it to "
+                    f"torch.nn.ModuleDict({{'model': model}}), where the path is 'model.{path}'"
+                ) from error
             self._names[path] = name
 
     @property

@@ -27,18 +27,23 @@ from orthoserde.manifest.references import check_references
 from orthoserde.manifest.training import GroupRecord, OptimizerRecord, StateRecord, TrainingRecord
 
 
-def encode_manifest(manifest: Manifest) -> JSON:
+def encode_manifest(manifest: Manifest, digests: Mapping[str, str] | None = None) -> JSON:
     """Turn a manifest into JSON.
+
+    Args:
+        manifest: The manifest.
+        digests: Those of its tensors by key; by default those that it has itself.
 
     Raises:
         ValueError: A digest has not been computed yet.
     """
     tensors: dict[str, JSON] = {}
+    known = manifest.digests if digests is None else digests
     for key, record in manifest.tensors.items():
-        if record.digest is None:
+        if key not in known:
             raise ValueError(f"{key}: the digest has not been computed")
         tensors[key] = {
-            "digest": record.digest,
+            "digest": known[key],
             "dtype": record.dtype,
             "parameter": record.parameter,
             "requires_grad": record.requires_grad,

@@ -52,10 +52,17 @@ def _forms(tensors: Mapping[str, TensorRecord]) -> dict[str, tuple[str, tuple[in
     return {key: container_form(record.dtype, record.shape) for key, record in tensors.items()}
 
 
-def file_header(manifest: Manifest) -> bytes:
-    """The length and header of the file that holds this manifest, whose tensors are in storage order."""
+def file_header(manifest: Manifest, digests: Mapping[str, str] | None = None) -> bytes:
+    """The length and header of the file that holds this manifest, whose tensors are in storage order.
+
+    Args:
+        manifest: The manifest.
+        digests: Those of its tensors by key; by default those that it has itself.
+    """
     metadata = {key: kept for key, kept in manifest.aliases.items() if key not in RESERVED_KEYS}
-    return encode_header(_forms(manifest.tensors), metadata | {"format": "pt", MANIFEST_KEY: envelope(manifest)})
+    return encode_header(
+        _forms(manifest.tensors), metadata | {"format": "pt", MANIFEST_KEY: envelope(manifest, digests)}
+    )
 
 
 def shard_header(tensors: Mapping[str, TensorRecord], digest: str) -> bytes:
@@ -78,9 +85,9 @@ def is_shard(metadata: Mapping[str, str]) -> bool:
     return _SHARD_MARK.fullmatch(metadata.get(MANIFEST_KEY, "")) is not None
 
 
-def envelope(manifest: Manifest) -> str:
-    """The text of a manifest, with its digest."""
-    text = json_values.encode(encode_manifest(manifest))
+def envelope(manifest: Manifest, digests: Mapping[str, str] | None = None) -> str:
+    """The text of a manifest, with its digest; the arguments are those of :func:`file_header`."""
+    text = json_values.encode(encode_manifest(manifest, digests))
     return f'{_ENVELOPE_START}{_digest(text)}","manifest":{text}}}'
 
 

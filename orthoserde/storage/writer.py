@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, UnsupportedModuleError
-from orthoserde.manifest import Manifest, TensorRecord
+from orthoserde.manifest import TensorRecord
 from orthoserde.storage.atomic import replacing
 from orthoserde.storage.container import byte_size, container_form
 from orthoserde.storage.format import file_header, in_storage_order
@@ -43,10 +43,10 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], mode: int | None
     records = in_storage_order(checkpoint.manifest.tensors)
     manifest = dataclasses.replace(checkpoint.manifest, tensors=records)
     # Digests have a fixed width, so the header's size is known before they are: it is written last, in its place.
-    header_bytes = len(file_header(with_digests(manifest, dict.fromkeys(records, NO_DIGEST))))
+    header_bytes = len(file_header(manifest, dict.fromkeys(records, NO_DIGEST)))
     with replacing(path, mode, check=checkpoint.check_unchanged) as file:
         size, digests = write_tensors(file, checkpoint, records, header_bytes)
-        write_header(file, file_header(with_digests(manifest, digests)), size)
+        write_header(file, file_header(manifest, digests), size)
     return size
 
 
@@ -99,12 +99,6 @@ def write_header(file: io.FileIO, header: bytes, size: int) -> None:
     write_all(file, memoryview(header))
     # A file without tensors ends at its header; one with tensors was extended by them.
     file.truncate(size)
-
-
-def with_digests(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
-    """The same manifest with these digests."""
-    tensors = {key: dataclasses.replace(record, digest=digests[key]) for key, record in manifest.tensors.items()}
-    return dataclasses.replace(manifest, tensors=tensors)
 
 
 def write_all(file: io.FileIO, block: memoryview) -> None:

@@ -6,6 +6,7 @@ what it was after each of a million refusals.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from orthoserde.json_values import JSON, same
 from orthoserde.manifest import Manifest, qualname_of
 from orthoserde.manifest.as_json import encode_manifest
 from orthoserde.reports import LoadReport
-from orthoserde.storage.writer import with_digests
 from orthoserde.tensor_bytes import digest_of
 
 
@@ -70,8 +70,11 @@ class Specimen:
         """What would be saved of it now, digests included; nothing is written."""
         prepared = prepare(self.model, optimizer=self.optimizer, state=self.state, metadata={"run": "seven"})
         checkpoint = prepared.checkpoint
-        digests = {key: digest_of(source.blocks()) for key, source in checkpoint.sources.items()}
-        return with_digests(checkpoint.manifest, digests)
+        tensors = {
+            key: dataclasses.replace(record, digest=digest_of(checkpoint.sources[key].blocks()))
+            for key, record in checkpoint.manifest.tensors.items()
+        }
+        return dataclasses.replace(checkpoint.manifest, tensors=tensors)
 
     def _tensors(self) -> list[Tensor]:
         kept = [value for entry in self.optimizer.state.values() for value in entry.values()]

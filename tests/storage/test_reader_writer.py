@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -591,3 +592,17 @@ def test_hostile_strides_in_a_manifest_cost_no_memory(path: Path) -> None:
     with storage.read(path) as checkpoint:
         assert checkpoint.tensor("a").stride() == (3, 1)
         assert checkpoint.tensor("empty").untyped_storage().nbytes() == 0
+
+
+def test_a_write_copies_no_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoint_of({"a": torch.ones(3), "b": torch.ones(2)})
+    made: list[str] = []
+    make = TensorRecord.__init__
+
+    def watched(self: TensorRecord, dtype: str, *rest: Any, **named: Any) -> None:
+        made.append(dtype)
+        make(self, dtype, *rest, **named)
+
+    monkeypatch.setattr(TensorRecord, "__init__", watched)
+    storage.write(checkpoint, path)
+    assert made == []

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from torch import nn
 import orthoserde
 from orthoserde import storage
 from orthoserde.errors import ConfigError, FileFormatError, MissingPackageError
+from orthoserde.json_values import JSON
+from orthoserde.manifest import Manifest
+from orthoserde.storage import format
 from orthoserde.storage.open_file import ReopenedFile
 from orthoserde.storage.shards import reading
 from orthoserde.storage.shards.index import decode_index
@@ -139,6 +143,20 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
         orthoserde.save(make(1.0), tmp_path / name, max_shard_size=LIMIT)
     for name in names(tmp_path / "one"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_a_save_encodes_its_manifest_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = format.encode_manifest
+
+    def watched(manifest: Manifest, *digests: Mapping[str, str] | None) -> JSON:
+        encoded.append(len(manifest.tensors))
+        return encode(manifest, *digests)
+
+    monkeypatch.setattr(format, "encode_manifest", watched)
+    orthoserde.save(make(), tmp_path / "folder", max_shard_size=100)
+    assert len(shards(tmp_path / "folder")) > 1
+    assert len(encoded) == 1
 
 
 def test_a_folder_can_be_copied_into_a_single_file_and_back(folder: Path, tmp_path: Path) -> None:

@@ -67,14 +67,19 @@ def headers_of(index: Index, manifest: Manifest) -> dict[str, bytes]:
     return {name: shard_header(records, index.digest) for name, records in by_file.items()}
 
 
-def encode_index(manifest: Manifest, weight_map: Mapping[str, str]) -> bytes:
+def encode_index(manifest: Manifest, sealed: str, weight_map: Mapping[str, str]) -> bytes:
     """The text of the index of a manifest.
+
+    Args:
+        manifest: The manifest.
+        sealed: Its envelope.
+        weight_map: Names of the shards by key.
 
     Raises:
         FileFormatError: It would be larger than readers accept.
     """
     metadata: dict[str, JSON] = {key: kept for key, kept in manifest.aliases.items() if key not in RESERVED_KEYS}
-    metadata |= {"total_size": manifest.nbytes, MANIFEST_KEY: envelope(manifest)}
+    metadata |= {"total_size": manifest.nbytes, MANIFEST_KEY: sealed}
     text = json_values.encode({"metadata": metadata, "weight_map": dict(weight_map)}).encode("utf-8")
     if len(text) > MAX_INDEX_BYTES or len(weight_map) > MAX_TENSORS:
         raise FileFormatError(
@@ -124,7 +129,7 @@ def _decode_own(text: bytes, own: JSON, weight_map: Mapping[str, str], where: st
     if manifest.tensors.keys() != weight_map.keys():
         odd = min(manifest.tensors.keys() ^ weight_map.keys())
         raise DamagedFileError(f"{where}: only one of weight_map and manifest has {odd[:64]!r}; the index is damaged")
-    if encode_index(manifest, weight_map) != text:
+    if encode_index(manifest, envelope(manifest), weight_map) != text:
         raise DamagedFileError(
             f"{where}: the index does not match its manifest; it is damaged or was rewritten by another tool"
         )

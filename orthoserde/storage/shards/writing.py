@@ -23,7 +23,6 @@ from orthoserde.storage.shards.standing import Standing
 from orthoserde.storage.writer import (
     NO_DIGEST,
     check_writable,
-    with_digests,
     write,
     write_all,
     write_header,
@@ -120,12 +119,13 @@ def _write(
         targets = [os.path.join(standing.folder, name) for name in shard_names(len(groups), "")]
         shards = [_stage(checkpoint, *pair, standing.mode, staged) for pair in zip(groups, targets, strict=True)]
         digests = {key: digest for shard in shards for key, digest in shard.digests.items()}
-        ordered = dataclasses.replace(checkpoint.manifest, tensors=in_storage_order(checkpoint.manifest.tensors))
-        manifest = with_digests(ordered, digests)
-        digest = digest_in(envelope(manifest))
+        manifest = dataclasses.replace(checkpoint.manifest, tensors=in_storage_order(checkpoint.manifest.tensors))
+        sealed = envelope(manifest, digests)
+        digest = digest_in(sealed)
         headers = [shard_header(group, digest) for group in groups]
         names = _free_names(headers, digest, standing)
-        text = encode_index(manifest, {key: name for name, group in zip(names, groups, strict=True) for key in group})
+        weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        text = encode_index(manifest, sealed, weight_map)
         for shard, header in zip(shards, headers, strict=True):
             _finish(shard, header)
         checkpoint.check_unchanged()

@@ -34,13 +34,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def is_pyreft(path: str) -> bool:
-    """Whether a path is a folder that pyreft wrote."""
+    """Whether a path is a folder that pyreft wrote.
+
+    Raises:
+        FileAccessError: The system refuses to look into the folder.
+    """
     if not os.path.isdir(path):
         return False
     # Imported when there is a folder: files are most of what is read.
-    from orthoserde.integrations.pyreft import without_model  # noqa: PLC0415
+    from orthoserde.integrations import pyreft  # noqa: PLC0415
 
-    return without_model.is_folder(path)
+    return pyreft.is_folder(path)
 
 
 def rotations_of(path: str | os.PathLike[str], checkpoint: Checkpoint) -> list[str]:

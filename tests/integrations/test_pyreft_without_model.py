@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,19 @@ def test_another_folder_is_none(tmp_path: Path) -> None:
     assert not is_pyreft(str(tmp_path / "none"))
     with pytest.raises(FileFormatError):
         orthoserde.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("look", [orthoserde.inspect, orthoserde.verify, stored_bytes])
+def test_a_folder_that_the_system_will_not_read_is_named(
+    look: Callable[[Path], object], legacy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+    with pytest.raises(FileAccessError, match="cannot read the folder: Permission denied") as caught:
+        look(legacy)
+    assert caught.value.filename == str(legacy)
 
 
 @needs_reader

@@ -15,11 +15,9 @@ from torch import Tensor
 from orthoserde.checkpoint import Checkpoint, TensorSource
 from orthoserde.errors import ConfigError, DamagedFileError, FileFormatError
 from orthoserde.integrations.pyreft.classes import KNOWN
-from orthoserde.integrations.pyreft.keys import PREFIX
 from orthoserde.integrations.pyreft.listing import (
     BASE_MODEL_FILE,
     CONFIG_FILE,
-    TRAINER_FOLDER,
     files_in,
     folder_of,
     read_state,
@@ -41,7 +39,7 @@ from orthoserde.manifest import (
     join,
 )
 from orthoserde.parametrizations.orthogonal import OrthogonalCodec
-from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES
+from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 
 #: Where the interventions and the base model stand in the keys.
 INTERVENTIONS, MODEL = "interventions", "model"
@@ -50,19 +48,6 @@ INTERVENTIONS, MODEL = "interventions", "model"
 _PARTS = tuple(theirs for theirs, ours in RENAMED.items() if ours in (ORIGINAL, BASE))
 
 _CODEC = OrthogonalCodec()
-
-
-def is_folder(path: str) -> bool:
-    """Whether a path is a folder with files of interventions, or one in which the Hugging Face Trainer keeps that."""
-    try:
-        return any(
-            name.startswith(PREFIX)
-            for folder in (path, os.path.join(path, TRAINER_FOLDER))
-            if os.path.isdir(folder)
-            for name in os.listdir(folder)
-        )
-    except OSError:  # whoever reads it next says why it cannot be read
-        return False
 
 
 def files_of(path: str) -> list[str]:
@@ -182,7 +167,7 @@ def _interventions(folder: str) -> Iterator[tuple[str, Checkpoint, str | None]]:
 
 
 def _fresh_state(weight: Tensor, origin: str) -> dict[str, Tensor]:
-    if weight.dim() != 2 or str(weight.dtype).removeprefix("torch.") not in ORTHONORMAL_DTYPES:
+    if weight.dim() != 2 or dtype_name(weight.dtype) not in ORTHONORMAL_DTYPES:
         raise ConfigError(f"{origin}: a rotation of {weight.dtype} and shape {list(weight.shape)} has no state")
     if not _CODEC.admits(weight, {}):
         raise DamagedFileError(

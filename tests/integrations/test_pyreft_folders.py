@@ -9,7 +9,6 @@ import contextlib
 import copy
 import functools
 import json
-import math
 import os
 import warnings
 from collections import OrderedDict
@@ -38,6 +37,7 @@ from orthoserde import (
 )
 from orthoserde.integrations.pyreft import folders, listing, write
 from orthoserde.integrations.pyreft.keys import normalize
+from orthoserde.orthonormal.rounding import MEAN_ROUNDING, gram_error
 from tests.helpers import assert_same_state, assert_unchanged, raised_by, snapshot
 from tests.integrations.stand_ins import (
     RANK,
@@ -412,21 +412,32 @@ def test_a_damaged_rotation_is_projected_or_kept_on_request(tmp_path: Path, lega
 @pytest.mark.parametrize("orthogonal_map", ["householder", "cayley", "matrix_exp"])
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 33, 128, 400])
 def test_a_probe_finds_damage_and_nothing_else(n: int, orthogonal_map: str, dtype: torch.dtype) -> None:
-    limit = folders.LARGEST_PROBE * math.sqrt(n) * torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps
     for seed, k in enumerate({1, max(1, n // 2), n}):
         torch.manual_seed(seed)
         holder = nn.Module()
         holder.weight = nn.Parameter(torch.randn(n, k, dtype=dtype))
         orthogonal(holder, orthogonal_map=orthogonal_map)
         base = holder.get_buffer("parametrizations.weight.0.base")
-        assert folders._probe(base) < limit / 20
+        assert folders.damage_of(base) is None
+        assert gram_error(base).square().mean().sqrt() < MEAN_ROUNDING * eps / 5
         if k < n:
             torn = base.clone()
             torn[:, :k] = torch.linalg.qr(torch.randn(n, k, dtype=dtype))[0]
             # In two dimensions another rotation may be nearly the same one.
-            assert n == 2 or folders._probe(torn) > limit * 5
-        assert not folders._probe(torch.full_like(base, float("nan"))) <= limit
-        assert not folders._probe(torch.zeros_like(base)) <= limit
+            assert n == 2 or (folders.damage_of(torn) or 0) > 500 * eps
+        assert folders.damage_of(torch.full_like(base, float("nan"))) is not None
+        assert folders.damage_of(torch.zeros_like(base)) is not None
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_large_base_that_was_in_half_precision_is_damaged(half: torch.dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = torch.linalg.qr(torch.randn(1024, 1024))[0]
+    assert folders.damage_of(base) is None
+    assert folders.damage_of(base.to(half)) is not None
+    assert folders.damage_of(base.to(half).float()) is not None
 
 
 # Hostile folders

@@ -6,22 +6,20 @@ Trainer holds such a folder, ``intervenable_model``, without ``config.json``.
 
 Note [Damaged base]
 pyreft's loader puts the legacy weight into the first columns of a base whose other columns belong to another rotation.
-The weight looks right, and leaves the constraint with the next step. So every base in a folder is probed: a matrix is
-orthogonal if it keeps every vector's image under ``B^T B``, and one that is not shows it on almost any vector.
+The weight looks right, and leaves the constraint with the next step. So every base in a folder is probed, see
+`orthoserde.orthonormal.probe`, which takes a mean entry of ``B^T B - I`` of 30 eps for rounding.
 Measured with torch 2.13.0 on the bases of all three maps, new and trained, and on those that this library completes,
-n = 2 to 2048, k = 1 to n, up to 30 seeds, in units of sqrt(n) eps: at most 2.5 in float32 and 2.6 in float64 (n < 4;
-from n = 64 on at most 0.6). One with the columns of another rotation has about sqrt(2 k) / (n eps): 4900 or more up to
+n = 2 to 2048, k = 1 to n, up to 30 seeds, in units of eps: at most 2.5 in float32 and 2.6 in float64 (n < 4; from
+n = 64 on at most 0.6). One with the columns of another rotation has about sqrt(2 k) / (n eps): 4900 or more up to
 n = 2048 in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from orthoserde import _torch, modes, storage
@@ -62,11 +60,11 @@ from orthoserde.manifest import (
     check_references,
     join,
 )
-from orthoserde.orthonormal.probe import adjoint_times, times
+from orthoserde.orthonormal.probe import off_orthonormal
 from orthoserde.parametrizations import codec_for_kind
 from orthoserde.registry import Registry
 from orthoserde.restore import Legacy
-from orthoserde.tensor_bytes import dtype_name
+from orthoserde.tensor_bytes import ORTHONORMAL_DTYPES, dtype_name
 from orthoserde.walk import Inventory, take_inventory
 from orthoserde.wording import shorten
 
@@ -75,10 +73,6 @@ NUMBERS = ("embed_dim", "interchange_dim")
 
 #: What a load from such files says.
 NOTE = "pyreft's files do not say dropout, activation and other arguments; the model's own were kept"
-
-#: Probes of a base, and what the root of their mean square may be, in units of sqrt(n) eps; see Note [Damaged base].
-PROBES = 4
-LARGEST_PROBE = 100.0
 
 
 def read(path: str | os.PathLike[str], model: nn.Module, registry: Registry, legacy: Legacy) -> tuple[Checkpoint, bool]:
@@ -236,10 +230,8 @@ class _Reader:
                 f"{state.origin}: expected a square base for the longer side of the original, got shapes "
                 f"{list(base.shape)} and {list(original.shape)}"
             )
-        error = _probe(base)
-        # Half precision counts as damage: a base that was rounded to it is far from orthogonal in any other.
-        eps = torch.finfo(torch.float64 if base.dtype == torch.float64 else torch.float32).eps
-        if not error <= LARGEST_PROBE * math.sqrt(side) * eps:
+        error = damage_of(base)
+        if error is not None:
             self.damaged.append(f"{where}: its base is off orthogonality by {error:.3g}")
             if self.legacy in ("project", "keep"):
                 kept = {theirs: ours for theirs, ours in names.items() if ours not in (ORIGINAL, BASE)}
@@ -314,13 +306,12 @@ class _Reader:
                 yield key
 
 
-def _probe(base: Tensor) -> float:
-    """Root mean square of ``B^T B V - V`` over a few vectors V of ones with different signs."""
-    rows = torch.arange(base.size(0), dtype=torch.int64)[:, None]
-    columns = torch.arange(1, PROBES + 1, dtype=torch.int64)[None, :]
-    bits = (((rows + 1) * 2654435761 + rows * rows * columns * 40503) >> 13) & 1
-    vectors = (2 * bits - 1).to(torch.float64)
-    return float((adjoint_times(base, times(base, vectors)) - vectors).square().mean().sqrt())
+def damage_of(base: Tensor) -> float | None:
+    """How far a base is from orthogonal; None where rounding takes it as far; see Note [Damaged base].
+
+    Half precision counts as damage: a base that was rounded to it is far from orthogonal in any other.
+    """
+    return off_orthonormal(base if dtype_name(base.dtype) in ORTHONORMAL_DTYPES else base.float())
 
 
 def _has_file(module: nn.Module) -> bool:

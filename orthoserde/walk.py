@@ -172,6 +172,13 @@ def take_inventory(model: nn.Module, prefix: str = "") -> Inventory:
     return Inventory(modules, slots, parametrized, hooked, transient, tuple(problems))
 
 
+def computed_originals(tensor: ParametrizedTensor) -> tuple[str, ...]:
+    """Names of its originals that are no registered tensors, being parametrized or pruned themselves."""
+    parametrized = _torch.parametrization_lists(tensor.module).get(tensor.tensor_name)
+    names = () if parametrized is None else _torch.original_names(parametrized)
+    return tuple(name for name in names if name not in tensor.originals)
+
+
 def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Every path and module, parents first, shared modules once for each path."""
     # Iterative: a deep model must not end in RecursionError, nor a cyclic one in a hang. None ends a module.

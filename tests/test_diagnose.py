@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.swa_utils import AveragedModel
@@ -591,6 +591,45 @@ def test_an_error_is_named_once(text: str, said: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("orthoserde.traps.state.computed", fail)
     (finding,) = diagnose(orthogonal(nn.Linear(8, 4)))
     assert finding.text == f"its weight cannot be computed {said}"
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize(
+    ("constrain", "name"), [(orthogonal, "original"), (spectral_norm, "original"), (weight_norm, "original1")]
+)
+def test_of_an_original_that_is_computed_itself_it_says_so_and_what_a_save_and_a_load_do(
+    constrain: Callable[[nn.Module], nn.Module], name: str, how: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(constrain(nn.Linear(8, 8)))
+    orthoserde.save(model, tmp_path / "whole")
+    chain = model.get_submodule("0.parametrizations.weight")
+    if how == "pruned":
+        prune.random_unstructured(chain, name, 1)  # type: ignore[no-untyped-call]  # torch has no types for it
+    else:
+        parametrize.register_parametrization(chain, name, Twice())
+    assert weight_of(cast("nn.Module", model[0])).isfinite().all()
+    (finding,) = diagnose(model)
+    assert codes([finding]) == [("0.weight", "not-measured", Severity.NOTICE)]
+    assert finding.text == (
+        f"its {name} is no registered tensor, being parametrized or pruned itself, so the weight was not looked at, "
+        "and a save or load refuses the model"
+    )
+    for refused in (orthoserde.save, orthoserde.load):
+        with pytest.raises(orthoserde.OrthoserdeError, match=f"{name}: this original is no registered tensor"):
+            refused(model, tmp_path / "whole")
+    assert "prune.remove" in finding.remedy
+    assert "remove_parametrizations" in finding.remedy
+    if how == "pruned":
+        prune.remove(chain, name)  # type: ignore[no-untyped-call]  # torch has no types for it
+    else:
+        parametrize.remove_parametrizations(chain, name)
+    assert diagnose(model) == []
+    orthoserde.save(model, tmp_path / "again")
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")

@@ -25,7 +25,7 @@ from orthoserde.registry.codec import residual_of
 from orthoserde.registry.registered_class import RegisteredClass
 from orthoserde.reports import Finding, Severity
 from orthoserde.tensor_bytes import DTYPES, ORTHONORMAL_DTYPES, row_blocks
-from orthoserde.walk import Inventory, ParametrizedTensor
+from orthoserde.walk import Inventory, ParametrizedTensor, computed_originals
 from orthoserde.weights.live import codecs_of, computed
 from orthoserde.wording import one_line
 
@@ -205,6 +205,18 @@ def _base(where: str, link: nn.Module) -> Iterator[Finding]:
 
 
 def _weight(tensor: ParametrizedTensor, registry: Registry) -> Iterator[Finding]:
+    originals = computed_originals(tensor)
+    if originals:
+        yield Finding(
+            tensor.name,
+            Severity.NOTICE,
+            "not-measured",
+            f"its {' and '.join(originals)} is no registered tensor, being parametrized or pruned itself, so the "
+            "weight was not looked at, and a save or load refuses the model",
+            "make that permanent: torch.nn.utils.prune.remove or parametrize.remove_parametrizations, of its "
+            "ParametrizationList",
+        )
+        return
     # What a class that was merely registered computes is known to its own code alone, which is not run here.
     codecs = [codec for codec in codecs_of(tensor, registry) if codec and not isinstance(codec, RegisteredClass)]
     if len(codecs) < len(tensor.parametrizations):

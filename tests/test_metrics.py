@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 import orthoserde
 from orthoserde.weights import live
+from tests.helpers import raised_by
 
 KEYS = {"event", "tensor", "residual_before", "residual", "original_norm", "base_norm", "bytes", "seconds"}
 
@@ -89,3 +92,14 @@ def test_off_nothing_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     orthoserde.load(model, tmp_path / "m")
     with pytest.raises(AssertionError, match="evaluated"):
         orthoserde.save(model, tmp_path / "m", debug=True)
+
+
+def test_a_model_that_is_refused_is_refused_in_the_same_words_when_it_is_measured(tmp_path: Path) -> None:
+    model = make()
+    orthoserde.save(model, tmp_path / "m")
+    chain = model.get_submodule("0.parametrizations.weight")
+    prune.random_unstructured(chain, "original", 1)  # type: ignore[no-untyped-call]  # torch has no types for it
+    for refused in (orthoserde.save, orthoserde.load):
+        said = raised_by(functools.partial(refused, model, tmp_path / "m"))
+        assert isinstance(said, orthoserde.OrthoserdeError)
+        assert str(raised_by(functools.partial(refused, model, tmp_path / "m", debug=True))) == str(said)

@@ -16,7 +16,7 @@ from orthoserde.parametrizations import codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import Codec, residual_of
 from orthoserde.registry.registered_class import RegisteredClass
-from orthoserde.walk import ParametrizedTensor
+from orthoserde.walk import ParametrizedTensor, computed_originals
 
 
 def codecs_of(tensor: ParametrizedTensor, registry: Registry) -> list[Codec | None]:
@@ -43,7 +43,9 @@ def spoken_for(tensors: Iterable[ParametrizedTensor], registry: Registry) -> set
 
 
 def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
-    """The computed tensor, without a graph; None where a class or its configuration is not known."""
+    """The computed tensor, without a graph; None where a class, its configuration or an original is not known."""
+    if computed_originals(tensor):
+        return None
     current = {name: original.detach() for name, original in tensor.originals.items()}
     weight: Tensor | None = None
     with modes.undisturbed():

@@ -59,7 +59,7 @@ def verify(checkpoint: Checkpoint, registry: Registry, orthonormal: Collection[s
     misfits: dict[str, str] = {}
     not_measured = _unrecorded(manifest)
     limit = max(SCRATCH_BYTES, manifest.nbytes)
-    with modes.undisturbed():
+    with modes.ordinary():
         for stored, record in zip(manifest.parametrized, expanded.manifest.parametrized, strict=True):
             try:
                 if any(manifest.kept_key(key) in damaged for key in stored.tensor_keys()):
@@ -155,7 +155,8 @@ def _measure(
 ) -> tuple[float | None, bool]:
     """Residual of a parametrized tensor, and whether it is on its constraint."""
     if not all(is_built_in(link.codec) for link in links):
-        return _judge(links[-1], weight_of(checkpoint, record, links, limit))
+        with modes.generators_kept():
+            return _judge(links[-1], weight_of(checkpoint, record, links, limit))
     dry = dry_run(checkpoint, record, links, limit)
     if links[-1].codec.residual(torch.empty(0, 0)) is None:
         return None, True

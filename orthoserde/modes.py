@@ -14,25 +14,42 @@ from orthoserde.errors import UnsupportedModuleError
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave the random generators (torch on CPU and CUDA, Python, NumPy) and inference mode as they are.
+def ordinary() -> Iterator[None]:
+    """Compute as torch does by default, see :func:`plain_arithmetic`, with ordinary new tensors in inference mode too.
 
-    Inside of it torch computes as it does by default, see :func:`plain_arithmetic`, and new tensors are ordinary ones,
-    also when the caller is in ``torch.inference_mode``.
+    The random generators are left alone: what is done inside of it draws nothing. Another thread may.
     """
     if _torch.in_fake_mode():  # nothing that is read or written would be the real thing
         raise UnsupportedModuleError("inside of FakeTensorMode there is nothing to save or load; leave it first")
+    with torch.inference_mode(False), plain_arithmetic():
+        yield
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the random generators (torch on CPU and CUDA, Python, NumPy) back to where they are.
+
+    For code of others, which may draw. The generators belong to the process: what another thread draws meanwhile is
+    taken back as well, so as little as can be is done inside of it.
+    """
     numpy_random = sys.modules.get("numpy.random")
     python_state = random.getstate()
     numpy_state = numpy_random.get_state() if numpy_random is not None else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
-        with torch.inference_mode(False), plain_arithmetic(), torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python_state)
         if numpy_random is not None:
             numpy_random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Both: :func:`ordinary`, and :func:`generators_kept`."""
+    with ordinary(), generators_kept():
+        yield
 
 
 @contextlib.contextmanager

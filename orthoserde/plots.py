@@ -147,7 +147,7 @@ def _rows(checkpoint: Checkpoint, registry: Registry) -> tuple[list[_Row], dict[
     expanded = expand(checkpoint)
     rows: list[_Row] = []
     left_out: dict[str, str] = {}
-    with modes.undisturbed():
+    with modes.ordinary():
         for record in expanded.manifest.parametrized:
             if len(rows) == MOST_TENSORS:
                 left_out[record.name] = f"a picture shows {MOST_TENSORS}"

@@ -122,10 +122,12 @@ def test_the_weight_of_a_registered_class_is_the_one_that_the_model_has(tmp_path
     @registry.register("tests.build>Masked")
     class Masked(nn.Module):
         mask: Tensor
+        original: Tensor
+        seen: Tensor
 
         def __init__(self) -> None:
             super().__init__()
-            self.scale, self.calls = 1.0, 0
+            self.scale = 1.0
             self.register_buffer("mask", torch.ones(3, 3), persistent=False)
             self.register_buffer("original", torch.full((3, 3), 2.0))
             self.register_buffer("seen", torch.zeros(()))
@@ -146,7 +148,7 @@ def test_the_weight_of_a_registered_class_is_the_one_that_the_model_has(tmp_path
     assert_unchanged(model, before)
     assert torch.equal(safetensors.torch.load_file(tmp_path / "m")["weight"], expected)
     orthoserde.bake_(model, registry=registry)
-    assert torch.equal(cast("Tensor", model.weight), expected)
+    assert torch.equal(model.weight, expected)
 
 
 def test_a_weight_that_its_class_fails_to_compute_is_not_added(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_a_warning_is_of_the_line_that_called_build(file: str, tmp_path: Path) -
         orthoserde.save(model, tmp_path / "whole", registry=REGISTRY)
         orthoserde.convert(tmp_path / "whole", tmp_path / "m", "baked")
     expected = orthoserde.TrainingTrapWarning if file == "half" else orthoserde.LegacyCheckpointWarning
-    build = lambda: orthoserde.build(tmp_path / "m", registry=REGISTRY)  # noqa: E731 - it stands on one line
+    build: Any = lambda: orthoserde.build(tmp_path / "m", registry=REGISTRY)  # noqa: E731 - it stands on one line
     with pytest.warns(expected) as caught:
         build()
     assert {(each.filename, each.lineno) for each in caught} == {(__file__, build.__code__.co_firstlineno)}

@@ -612,7 +612,7 @@ def test_of_an_original_that_is_computed_itself_it_says_so_and_what_a_save_and_a
         prune.random_unstructured(chain, name, 1)  # type: ignore[no-untyped-call]  # torch has no types for it
     else:
         parametrize.register_parametrization(chain, name, Twice())
-    assert weight_of(cast("nn.Module", model[0])).isfinite().all()
+    assert weight_of(model[0]).isfinite().all()
     (finding,) = diagnose(model)
     assert codes([finding]) == [("0.weight", "not-measured", Severity.NOTICE)]
     assert finding.text == (

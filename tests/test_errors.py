@@ -6,6 +6,7 @@ import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -206,7 +207,7 @@ def test_a_warning_is_of_the_line_that_called_load(
     state = {key: value.contiguous() for key, value in saved().state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "m")
     model = loaded()
-    load = lambda: orthoserde.load(model, tmp_path / "m")  # noqa: E731 - it stands on one line
+    load: Any = lambda: orthoserde.load(model, tmp_path / "m")  # noqa: E731 - it stands on one line
     with pytest.warns(expected) as caught:
         load()
     assert {(each.filename, each.lineno) for each in caught} == {(__file__, load.__code__.co_firstlineno)}
@@ -216,7 +217,7 @@ def test_a_warning_is_of_the_line_that_called_load(
 def test_a_warning_is_of_the_line_that_called_save(way: str, tmp_path: Path) -> None:
     model = cayley().half()
     checkpoints = orthoserde.Checkpoints(tmp_path / "folder")
-    save = {
+    save: Any = {
         "save": lambda: orthoserde.save(model, tmp_path / "m"),
         "Checkpoints": lambda: checkpoints.save(1, model),
         "Checkpoints without waiting": lambda: checkpoints.save(1, model, wait=False),

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 import orthoserde
 from orthoserde import _torch
+from orthoserde.cli import main
 from orthoserde.integrations.loreft import LoReFT
+from orthoserde.storage.open_file import OpenFile
 from tests.helpers import same_bits
 
 
@@ -146,3 +151,48 @@ def test_no_call_of_torch_takes_a_detour_where_the_cpu_is_the_default(
     with torch.device("meta"):
         orthoserde.load(model, tmp_path / "m")
     assert detours
+
+
+READS: dict[str, Callable[[Path], object]] = {
+    "verify": orthoserde.verify,
+    "load": lambda path: orthoserde.load(drawing_model(), path),
+    "load bare": lambda path: orthoserde.load(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 8)), path),
+    "baked": lambda path: orthoserde.convert(path, path.with_name("x"), "baked", force=True),
+    "compact": lambda path: orthoserde.convert(path, path.with_name("x"), "compact", force=True),
+    "diff": lambda path: main(["diff", str(path), str(path), "--json"]),
+}
+
+
+def drawing_model() -> nn.Module:
+    return nn.Sequential(
+        orthogonal(nn.Linear(8, 4), orthogonal_map="cayley"),
+        weight_norm(nn.Linear(4, 8)),
+        spectral_norm(nn.Linear(8, 8)),
+    )
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_another_thread_draws_while_a_file_is_read_is_not_drawn_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generators belong to the process: put back to where they were, they would give the same numbers once more."""
+    path = tmp_path / "m"
+    orthoserde.save(drawing_model(), path)
+    read = OpenFile.read_into
+    drawn: list[object] = []
+
+    def draw() -> None:
+        drawn.extend((random.random(), float(torch.rand(())), float(np.random.rand())))
+
+    def drawing(self: OpenFile, memory: memoryview, position: int) -> None:
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+        read(self, memory, position)
+
+    monkeypatch.setattr(OpenFile, "read_into", drawing)
+    READS[name](path)
+    during = len(drawn)
+    assert during > 9
+    draw()
+    assert len(set(drawn)) == len(drawn) == during + 3

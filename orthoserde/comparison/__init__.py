@@ -43,7 +43,7 @@ def diff(
         FileAccessError: The system refuses to read a file.
         FileFormatError: A file changed meanwhile, or the columns that a base is worked out from are damaged.
     """
-    with modes.undisturbed():
+    with modes.ordinary():
         one, two = Side(a), Side(b)
         for side, other in ((one, two), (two, one)):
             if not side.has_configuration:

@@ -54,20 +54,22 @@ def restore(
     where = device_of(device)
     if legacy not in get_args(Legacy):
         raise ConfigError(f"legacy: expected one of {', '.join(get_args(Legacy))}, got {legacy!r}")
-    with modes.undisturbed():
-        inventory = take_inventory(model)
+    with modes.ordinary():
+        with modes.generators_kept():  # modules are asked
+            inventory = take_inventory(model)
         forms = in_forms_of(checkpoint, inventory, registry, verify=verify)
         baked = bake_bare(forms.checkpoint.without_training(), inventory, registry, legacy)
-        completed = complete_checkpoint(expand(baked.checkpoint), inventory, registry, legacy)
-        plan = make_plan(
-            completed.checkpoint.manifest,
-            inventory,
-            registry,
-            strict=strict,
-            reparametrize=reparametrize,
-            device=where,
-            computed={name: weight.action for name, weight in completed.weights.items()},
-        )
+        with modes.generators_kept():  # classes of the user are asked and made
+            completed = complete_checkpoint(expand(baked.checkpoint), inventory, registry, legacy)
+            plan = make_plan(
+                completed.checkpoint.manifest,
+                inventory,
+                registry,
+                strict=strict,
+                reparametrize=reparametrize,
+                device=where,
+                computed={name: weight.action for name, weight in completed.weights.items()},
+            )
         refusal = Refusal(checkpoint, model, inventory.slots, strict)
         plan.problems[:0] = [*forms.problems, *baked.problems, *completed.problems]
         forms.note(plan)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import LoadInterruptedError, UnsupportedModuleError
 from orthoserde.restore.plan import Make, Plan
@@ -35,12 +35,13 @@ def apply(checkpoint: Checkpoint, plan: Plan, digests: Mapping[str, str], before
     """
     made = [(make, _allocate(checkpoint, make)) for make in plan.makes]
     checkpoint.fill([(make.stored, tensor) for make, tensor in made], digests)
-    restore_structure = _change_structure(plan, made)
-    try:
-        undo = before_writing()
-    except BaseException:
-        restore_structure()
-        raise
+    with modes.generators_kept():  # modules are asked, and objects of the user load
+        restore_structure = _change_structure(plan, made)
+        try:
+            undo = before_writing()
+        except BaseException:
+            restore_structure()
+            raise
     try:
         in_order = {id(write.target) for cluster in plan.sharing_memory for write in cluster}
         checkpoint.fill([(write.stored, write.target) for write in plan.writes], digests, in_order)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.checkpoint import Checkpoint, DerivedTensor, TensorSource
 from orthoserde.errors import ConfigError, DamagedFileError, Problem
 from orthoserde.json_values import JSON
@@ -76,8 +76,9 @@ class ComputedWeight:
         """One tensor of the state; it is worked out for all roles at once, and each is handed out and forgotten."""
         if role not in self._state:
             weight = self.weight()
-            weight = self.codec.project(weight, self.config) if self.projected else weight
-            self._state = self.codec.from_weight(weight.to(self.dtype), self.config)
+            with modes.generators_kept():  # the codec may be the user's
+                weight = self.codec.project(weight, self.config) if self.projected else weight
+                self._state = self.codec.from_weight(weight.to(self.dtype), self.config)
         return self._state.pop(role)
 
     def check(self, legacy: Legacy) -> Problem | None:
@@ -90,6 +91,11 @@ class ComputedWeight:
             return Problem(
                 self.name, "mismatch", "its computed weight in the file is not finite; use another checkpoint"
             )
+        with modes.generators_kept():  # the codec may be the user's
+            return self._judged(weight, legacy)
+
+    def _judged(self, weight: Tensor, legacy: Legacy) -> Problem | None:
+        """What is wrong with a weight, or is to be done with it."""
         if self.codec.admits(weight, self.config):
             return None
         residual = residual_of(self.codec, weight, self.config)

@@ -74,7 +74,7 @@ def bake(checkpoint: Checkpoint, registry: Registry, names: Collection[str] | No
     chosen = [record for record in records if names is None or record.name in names]
     outer = {join(record.module, "parametrizations", record.tensor_name) for record in chosen}
     inner = {join(record.module, "parametrizations", record.tensor_name) for record in records} - outer
-    with modes.undisturbed():
+    with modes.ordinary():
         for record in chosen:
             around = _parents(record.module)
             if not around.isdisjoint(inner):
@@ -187,7 +187,7 @@ def _computed(origin: str, record: ParametrizedRecord, compute: Callable[[], Ten
         ConfigError: It cannot be computed.
     """
     try:
-        with modes.undisturbed(), torch.no_grad():
+        with modes.ordinary(), torch.no_grad():
             weight = compute()
     except (NotComputable, Misfit) as reason:
         raise ConfigError(_listed(origin, [Problem(record.name, "unsupported", str(reason))])) from reason

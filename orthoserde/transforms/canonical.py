@@ -171,7 +171,7 @@ def _bases(checkpoint: Checkpoint, limit: int | None, names: Collection[str] | N
             dataclasses.replace(base, obstacle=too_much) if base.multiplications > limit and not base.obstacle else base
             for base in bases
         ]
-    with modes.undisturbed():
+    with modes.ordinary():
         obstacles = work_through(bases, read, lambda base: base.nbytes)
     return [dataclasses.replace(base, obstacle=text) for base, text in zip(bases, obstacles, strict=True)]
 

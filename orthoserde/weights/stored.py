@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthoserde import _torch
+from orthoserde import _torch, modes
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError
 from orthoserde.json_values import JSON
@@ -108,7 +108,8 @@ def weight_of(checkpoint: Checkpoint, record: ParametrizedRecord, links: Sequenc
     if all(is_built_in(link.codec) for link in links):
         return dry_run(checkpoint, record, links, limit).compute()
     _check_stored(checkpoint, record, limit)
-    return _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit))
+    with modes.generators_kept():
+        return _compute(record, links, checkpoint.tensor, functools.partial(_wary_run, limit=limit))
 
 
 @dataclass(frozen=True)

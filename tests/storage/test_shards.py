@@ -19,7 +19,7 @@ import orthoserde
 from orthoserde import storage
 from orthoserde.errors import ConfigError, FileFormatError, MissingPackageError
 from orthoserde.json_values import JSON
-from orthoserde.manifest import Manifest
+from orthoserde.manifest import Manifest, as_json
 from orthoserde.storage import format
 from orthoserde.storage.open_file import ReopenedFile
 from orthoserde.storage.shards import reading
@@ -147,7 +147,7 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_save_encodes_its_manifest_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
-    encode = format.encode_manifest
+    encode = as_json.encode_manifest
 
     def watched(manifest: Manifest, *digests: Mapping[str, str] | None) -> JSON:
         encoded.append(len(manifest.tensors))

@@ -331,15 +331,24 @@ def test_a_lazy_module_that_has_not_run_is_refused_with_what_to_do(
     assert orthoserde.load(model, tmp_path / "m").fidelity is Fidelity.EXACT
 
 
-@pytest.mark.parametrize("constrain", [orthogonal, spectral_norm])
-def test_a_weight_whose_original_is_pruned_is_not_made_of_the_computed_one(
-    tmp_path: Path, constrain: Callable[[nn.Module], nn.Module]
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("file", ["plain", "ours", "torch's"])
+@pytest.mark.parametrize(
+    ("constrain", "name"), [(orthogonal, "original"), (spectral_norm, "original"), (weight_norm, "original1")]
+)
+def test_an_original_that_is_pruned_is_refused_once(
+    constrain: Callable[[nn.Module], nn.Module], name: str, file: str, strict: bool, tmp_path: Path
 ) -> None:
-    orthoserde.save(nn.Linear(4, 4), tmp_path / "m")
     model = constrain(nn.Linear(4, 4))
+    if file == "torch's":
+        state = {key: each.contiguous() for key, each in model.state_dict().items()}
+        safetensors.torch.save_file(state, tmp_path / "m")
+    else:
+        orthoserde.save(model if file == "ours" else nn.Linear(4, 4), tmp_path / "m")
     chain = _torch.parametrization_lists(model)["weight"]
-    prune.l1_unstructured(chain, "original", 3)  # type: ignore[no-untyped-call]  # torch has no types for it
+    prune.l1_unstructured(chain, name, 3)  # type: ignore[no-untyped-call]  # torch has no types for it
     before = snapshot(model)
-    with pytest.raises(IncompatibleModelError, match="does not determine what its original is computed from"):
-        orthoserde.load(model, tmp_path / "m")
+    with pytest.raises(IncompatibleModelError, match="this original is no registered tensor") as caught:
+        orthoserde.load(model, tmp_path / "m", strict=strict)
+    assert [problem.where for problem in caught.value.problems] == [f"parametrizations.weight.{name}"]
     assert_unchanged(model, before)

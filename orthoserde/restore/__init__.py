@@ -71,7 +71,9 @@ def restore(
                 computed={name: weight.action for name, weight in completed.weights.items()},
             )
         refusal = Refusal(checkpoint, model, inventory.slots, strict)
-        plan.problems[:0] = [*forms.problems, *baked.problems, *completed.problems]
+        # What the walk has told may be why something could not be brought into form.
+        found = [*forms.problems, *baked.problems, *completed.problems, *plan.problems]
+        plan.problems[:] = dict.fromkeys(found)
         forms.note(plan)
         baked.note(plan, inventory.slots)
         afresh = [outcome.name for outcome in plan.outcomes if outcome.fidelity is Fidelity.INFERENCE]

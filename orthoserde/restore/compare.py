@@ -16,7 +16,7 @@ from orthoserde.parametrizations import codec_for_kind, codec_for_type
 from orthoserde.registry import Registry
 from orthoserde.registry.codec import Codec, current_config
 from orthoserde.reports import Fidelity
-from orthoserde.walk import ParametrizedTensor
+from orthoserde.walk import ParametrizedTensor, computed_originals
 
 #: A message shows a list whole up to this many characters.
 SHOWN_OF_A_LIST = 60
@@ -56,8 +56,9 @@ def compare_chain(record: ParametrizedRecord, tensor: ParametrizedTensor, regist
         reasons += verdict.reasons
         fidelity = min(fidelity, verdict.fidelity)
         differs = differs or verdict.differs
-    if not problems and set(record.originals) != set(tensor.originals):
-        text = f"the file has {sorted(record.originals)}, the model {sorted(tensor.originals)}"
+    originals = {*tensor.originals, *computed_originals(tensor)}
+    if not problems and set(record.originals) != originals:
+        text = f"the file has {sorted(record.originals)}, the model {sorted(originals)}"
         problems.append(Problem(where, "mismatch", text))
         differs = True
     return Verdict(tuple(problems), fidelity, tuple(reasons), differs)

@@ -24,7 +24,7 @@ from orthoserde.registry import Registry
 from orthoserde.registry.codec import Codec, residual_of
 from orthoserde.tensor_bytes import DTYPES, Digest, digest_of, dtype_name, is_lossless
 from orthoserde.transforms.rewriting import keep_aliases
-from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
+from orthoserde.walk import Inventory, ParametrizedTensor, computed_originals, take_inventory
 from orthoserde.weights.live import codecs_of
 
 #: What to do with computed weights: take them, refuse them, or take damaged ones too, projected or as they are.
@@ -156,12 +156,16 @@ def complete_checkpoint(checkpoint: Checkpoint, inventory: Inventory, registry: 
     sources = dict(checkpoint.sources)
     weights: dict[str, ComputedWeight] = {}
     problems: list[Problem] = []
+    told = {problem.where: problem for problem in inventory.problems}
     for tensor in (*inventory.parametrized, *inventory.hooked):
         names = names_of(tensor)
         keys = [name for name in names if name in manifest and name not in inventory.slots]
         if not keys or recorded.intersection(names) or not present.isdisjoint(prefixes_of(tensor)):
             continue
-        found = _computed_weight(checkpoint, tensor, keys[0], registry, legacy)
+        # Nothing can be made of it for what the walk has told, be it of an original or of what computes that.
+        places = [tensor.name, *map(tensor.key, computed_originals(tensor))]
+        known = next((told[place] for place in places if place in told), None)
+        found = known or _computed_weight(checkpoint, tensor, keys[0], registry, legacy)
         if isinstance(found, Problem):
             problems.append(found)
             continue
@@ -193,8 +197,6 @@ def _computed_weight(
     codec = codecs_of(tensor, registry)[0]
     if len(links) != 1:
         return refused(f"which does not determine the state of {len(links)} parametrizations in a row")
-    if not tensor.originals:
-        return refused("which does not determine what its original is computed from")
     name = _torch.class_before_parametrizations(links[0]).__qualname__
     if codec is None:
         return refused(f"which does not determine the state of the unregistered {name}")

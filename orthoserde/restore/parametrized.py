@@ -17,7 +17,7 @@ from orthoserde.restore.places import Owner, same_layout
 from orthoserde.restore.plan import Make, Outcome
 from orthoserde.restore.table import Table
 from orthoserde.tensor_bytes import overlap, storage_of
-from orthoserde.walk import ParametrizedTensor, Slot, take_inventory
+from orthoserde.walk import ParametrizedTensor, Slot, computed_originals, take_inventory
 
 
 def match_parametrized(table: Table, reparametrize: bool, computed: Mapping[str, str]) -> None:
@@ -42,6 +42,8 @@ def match_parametrized(table: Table, reparametrize: bool, computed: Mapping[str,
             recorded.add(id(tensor))
             _match_live(table, record, tensor)
     for tensor in table.live.values():
+        if not table.settled.isdisjoint(map(tensor.key, computed_originals(tensor))):
+            table.settle(prefixes_of(tensor))  # the walk has told of an original that is computed itself
         if tensor.name in computed:
             _own_live(table, tensor, Fidelity.INFERENCE, computed[tensor.name])
         elif id(tensor) not in recorded:

@@ -17,6 +17,7 @@ from torch import nn
 import orthoserde
 from orthoserde import FileAccessError
 from orthoserde.integrations import pyreft
+from orthoserde.integrations.loreft import LoReFT, attach
 from tests.helpers import assert_unchanged, snapshot
 
 
@@ -125,6 +126,8 @@ FLAGS: dict[str, Callable[[Path, Any], object]] = {
     "reparametrize": lambda path, given: orthoserde.load(nn.Linear(2, 2), path, reparametrize=given),
     "include_weights": lambda path, given: orthoserde.save(nn.Linear(2, 2), path, include_weights=given),
     "force": lambda path, given: orthoserde.convert(path, path.with_name("x"), "dense", force=given),
+    "freeze": lambda path, given: attach(nn.Sequential(nn.Linear(2, 2)), {"0": LoReFT(2, 1)}, freeze=given),
+    "structured": lambda path, given: orthoserde.orthogonal(nn.Linear(2, 2), structured=given),
     "reset_state": lambda path, given: orthoserde.canonicalize_(nn.Linear(2, 2), reset_state=given),
     "wait": lambda path, given: orthoserde.Checkpoints(path.parent).save(1, nn.Linear(2, 2), wait=given),
 }

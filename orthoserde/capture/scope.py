@@ -56,7 +56,8 @@ def scope_of(inventory: Inventory, registry: Registry, select: Select) -> Scope:
     """
     tensors = {key: slot.tensor for key, slot in inventory.slots.items() if slot.tensor is not None}
     given: object = select  # whatever it is: an array would answer a comparison with an array
-    if not (given is None or callable(given) or (isinstance(given, str) and given in ("all", "trainable"))):
+    asked = callable(given) and not isinstance(given, nn.Module)
+    if not (given is None or asked or (isinstance(given, str) and given in ("all", "trainable"))):
         raise ConfigError(f"select: expected None, 'all', 'trainable' or a callable, got {select!r}")
     adapters = adapter_paths(inventory, registry)
     if select == "all" or (select is None and not adapters):

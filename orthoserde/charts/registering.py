@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from orthoserde import _torch, modes
+from orthoserde.arguments import check_flags
 from orthoserde.orthonormal.completion import complete
 from orthoserde.orthonormal.rounding import tall
 from orthoserde.parametrizations.orthogonal import default_map, initial_original
@@ -47,6 +48,7 @@ def orthogonal(
         The module.
 
     Raises:
+        TypeError: ``use_trivialization`` or ``structured`` is neither True nor False.
         ValueError: The module has no such tensor, or one that cannot be parametrized so (fewer than two dimensions,
             half precision, complex with householder, parametrized already), or there is no such map, or it is to be
             structured without a base. Nothing has changed.
@@ -60,6 +62,7 @@ def orthogonal(
 
     Source: torch/nn/utils/parametrizations.py, ``orthogonal`` and ``_Orthogonal`` (torch 2.13); see Note [Charts].
     """
+    check_flags(use_trivialization=use_trivialization, structured=structured)
     weight = _checked_weight(module, name)
     chosen = default_map(weight) if orthogonal_map is None else orthogonal_map
     if chosen not in _torch.ORTHOGONAL_MAPS:

@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import os
+import stat
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ from orthoserde import (
     IncompatibleModelError,
     LegacyCheckpointWarning,
     OrthoserdeError,
+    storage,
 )
 from orthoserde.integrations.pyreft import folders, listing, write
 from orthoserde.integrations.pyreft.keys import normalize
@@ -936,6 +938,33 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     write(make(), tmp_path / "f")
     assert file_of(0) in {path.name for path in (tmp_path / "f").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="about POSIX folders")
+def test_an_empty_folder_keeps_its_mode_and_the_one_where_the_process_is_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f").chmod(0o2770)
+    write(make(), tmp_path / "f")
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o2770
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileAccessError, match="the folder where the process is"):
+        write(make(), ".")
+    assert list(Path.cwd().iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "here"]
+
+
+def test_the_names_in_a_folder_and_its_own_are_forced_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(storage, "sync_folder", lambda folder: synced.append(os.path.basename(folder)))
+    write(make(), tmp_path / "f")
+    assert len(synced) == 2
+    assert synced[0].startswith(".f.orthoserde-")
+    assert synced[1] == tmp_path.name
 
 
 def test_a_folder_in_no_folder_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from orthoserde import _torch
+from orthoserde.arguments import check_flags
 from orthoserde.errors import AdapterError
 from orthoserde.integrations.loreft import hooks
 from orthoserde.integrations.loreft.calls import Calls
@@ -144,6 +145,7 @@ class Adapter(nn.Module):
 
     def attach(self, model: nn.Module, *, freeze: bool = True, name: str = "loreft") -> Adapter:
         """Put the interventions into a model, or refuse and leave it as it was; see :func:`attach`."""
+        check_flags(freeze=freeze)
         if self.attachment is not None:
             raise AdapterError("this adapter is attached already; detach it first, or copy it")
         root = _torch.unwrap(model)

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -20,7 +21,7 @@ from orthoserde import modes, storage
 from orthoserde.arguments import target_of
 from orthoserde.capture import capture
 from orthoserde.checkpoint import Checkpoint
-from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
+from orthoserde.errors import CommitUncertainError, ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations.pyreft.classes import (
     KNOWN,
     MODEL_KIND,
@@ -258,7 +259,8 @@ def make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config:
         Size in bytes of each file by name.
 
     Raises:
-        FileAccessError: It is there and not empty, or the system refuses to write it.
+        FileAccessError: It is there and not empty, or it is where the process is, or the system refuses to write it.
+        CommitUncertainError: It is in place, but perhaps not durably.
     """
     parent, name = os.path.split(target)
     temporary = os.path.join(parent, f".{name[:64]}.orthoserde-{secrets.token_hex(8)}")
@@ -267,8 +269,15 @@ def make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config:
             raise FileAccessError(
                 errno.EEXIST, "is there already, and is not an empty folder; give another name", target
             )
+        standing = os.stat(target) if os.path.lexists(target) else None
+        if standing is not None and os.path.samestat(standing, os.stat(os.curdir)):
+            raise FileAccessError(
+                errno.EBUSY, "is the folder where the process is, which cannot be replaced; give another name", target
+            )
         os.mkdir(temporary)
         try:
+            if standing is not None:
+                os.chmod(temporary, stat.S_IMODE(standing.st_mode))
             for file_name, state in states.items():
                 content = io.BytesIO()  # torch turns the error of a full disk into one that does not say so
                 torch.save(state, content)
@@ -282,6 +291,7 @@ def make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config:
                     text.flush()
                     os.fsync(text.fileno())
             sizes = {entry.name: entry.stat().st_size for entry in os.scandir(temporary)}
+            storage.sync_folder(temporary)
             if os.path.lexists(target):
                 os.rmdir(target)
             os.rename(temporary, target)
@@ -293,4 +303,8 @@ def make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config:
         raise
     except OSError as error:
         raise FileAccessError(error.errno, f"cannot write the folder: {error.strerror}", target) from error
+    try:
+        storage.sync_folder(parent)
+    except OSError as error:
+        raise CommitUncertainError(error.errno, f"saved, but perhaps not durably: {error.strerror}", target) from error
     return dict(sorted(sizes.items()))

@@ -86,7 +86,12 @@ def device_of(device: object) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch without CUDA asserts that it has it
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+        ImportError,
+    ) as error:  # torch without it
         raise ConfigError(f"device: {device!r} cannot be used here: {one_line(error)}") from error
     if found.type == "meta":
         raise ConfigError("device: expected a device with memory, got 'meta'")

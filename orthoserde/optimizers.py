@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from orthoserde.manifest import class_name
 
 #: What a caller may give where all optimizers are asked for that train a model.
-Optimizers: TypeAlias = "Optimizer | Iterable[Optimizer] | Mapping[str, Optimizer]"
+Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | Mapping[str, Optimizer]
 
 #: What every optimizer has, torch's own and those of other libraries, some of which derive from nothing of torch.
 _ATTRIBUTES = ("state_dict", "load_state_dict", "param_groups", "state")

@@ -205,7 +205,7 @@ def test_one_file_is_not_saved_under_the_name_of_an_index(tmp_path: Path) -> Non
     assert [each.name for each in tmp_path.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "cuda:9999", "meta", 2**70])
+@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "cuda:9999", "meta", 2**70, "hpu"])
 def test_a_device_that_cannot_be_used_is_refused_before_anything_changes(tmp_path: Path, device: Any) -> None:
     registry = orthoserde.Registry()
     registered = registry.register("tests.arguments>Layer")(Layer)

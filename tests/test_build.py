@@ -134,7 +134,8 @@ def test_the_weight_of_a_registered_class_is_the_one_that_the_model_has(tmp_path
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen += 1
-            return (x * self.mask + self.original) @ self.mask * self.scale
+            self.kept = (x * self.mask + self.original) @ self.mask * self.scale
+            return self.kept
 
     model = nn.Linear(3, 3)
     parametrize.register_parametrization(model, "weight", Masked())
@@ -143,9 +144,10 @@ def test_the_weight_of_a_registered_class_is_the_one_that_the_model_has(tmp_path
     own.scale = 5.0
     model.double()
     expected = model.weight.detach().clone()
-    before = snapshot(model)
+    before, kept = snapshot(model), own.kept
     orthoserde.save(model, tmp_path / "m", include_weights=True, registry=registry)
     assert_unchanged(model, before)
+    assert own.kept is kept
     assert torch.equal(safetensors.torch.load_file(tmp_path / "m")["weight"], expected)
     orthoserde.bake_(model, registry=registry)
     assert torch.equal(model.weight, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -419,6 +420,19 @@ def test_optimizers_are_taken_as_a_save_takes_them(give: Callable[[Optimizer], A
     report = orthoserde.canonicalize_(model, optimizer=give(optimizer))
     assert report.canonicalized
     assert not torch.equal(optimizer.state[original_of(model)]["momentum_buffer"], before)
+
+
+def test_a_wrapper_that_keeps_its_state_elsewhere_is_refused() -> None:
+    model = torch_model((40, 5), "householder")
+    optimizer = adam(model.parameters())
+    train(model, optimizer, 1)
+    wrapper: Any = SimpleNamespace(
+        param_groups=optimizer.param_groups, state={}, state_dict=optimizer.state_dict, load_state_dict=None
+    )
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="got SimpleNamespace; give the optimizer that is inside of it"):
+        orthoserde.canonicalize_(model, optimizer=wrapper)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("optimizer", [True, 3, [nn.Linear(2, 2)], nn.Linear(2, 2), {"a": None}], ids=str)

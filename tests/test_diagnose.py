@@ -521,8 +521,9 @@ def test_a_decay_is_found_whatever_number_it_is(decay: Any) -> None:
     optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.01)
     optimizer.param_groups[0]["weight_decay"] = decay
     assert "weight-decay-householder" in [finding.code for finding in diagnose(layer, optimizer)]
-    optimizer.param_groups[0]["weight_decay"] = torch.zeros(3)  # no number, and no decay that torch would take
-    assert diagnose(layer, optimizer) == []
+    for nothing in (torch.zeros(3), np.array([0.1, 0.2])):  # no number, and no decay that torch would take
+        optimizer.param_groups[0]["weight_decay"] = nothing
+        assert diagnose(layer, optimizer) == []
 
 
 @pytest.mark.parametrize(("wrap", "name"), [(Duck, "Duck"), (accelerated, "AdamW")])

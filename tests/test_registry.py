@@ -553,6 +553,17 @@ class Turned(nn.Module):
         return turned
 
 
+def test_a_registered_parametrization_may_have_parameters_of_integers(tmp_path: Path) -> None:
+    registry = Registry()
+    registry.register("tests>Turned")(Turned)
+    own = Turned()
+    own.scale = nn.Parameter(torch.tensor([1, 2, 3]), requires_grad=False)
+    layer = linear(own)
+    orthoserde.save(layer, tmp_path / "m", registry=registry)
+    orthoserde.convert(tmp_path / "m", tmp_path / "baked", form="baked", registry=registry)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "baked")["weight"], layer.weight)
+
+
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.bfloat16, torch.float32], ids=str)
 def test_a_registered_parametrization_is_computed_in_the_dtypes_of_its_state(

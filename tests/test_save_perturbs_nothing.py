@@ -140,6 +140,15 @@ def test_a_module_that_says_its_state_is_asked_once_and_moves_no_generator(train
     assert model.times == 1
 
 
+def test_a_module_that_draws_when_it_is_asked_moves_no_generator_in_a_load_or_a_diagnosis(tmp_path: Path) -> None:
+    model = nn.utils.parametrizations.weight_norm(Asked(3, 2))
+    orthoserde.save(model, tmp_path / "model")
+    before = surroundings()
+    orthoserde.load(model, tmp_path / "model")
+    orthoserde.diagnose(model)
+    assert surroundings() == before
+
+
 def test_the_metadata_of_the_caller_is_neither_changed_nor_kept(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     strings = {"b": "2", "a": "1"}

@@ -67,9 +67,15 @@ def given_optimizers(argument: object) -> tuple[Optimizer, ...] | None:
     if argument is False:
         return ()
     try:
-        return tuple(optimizers_of(argument).values())
+        found = tuple(optimizers_of(argument).values())
     except TypeError as error:
         raise TypeError(f"{error}; if there is none, give optimizer=False") from error
+    for each in found:
+        given: object = each
+        if not isinstance(given, Optimizer):  # what it holds may be elsewhere, and would stay in the old coordinates
+            got = f"got {type(given).__name__}; give the optimizer that is inside of it"
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, {got}")
+    return found
 
 
 def holds(optimizer: Optimizer, parameter: Tensor) -> bool:

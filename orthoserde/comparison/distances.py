@@ -169,7 +169,8 @@ def gap(a: Tensor, b: Tensor) -> Tensor:
         b: Of the same shape.
 
     Returns:
-        float64: of two integers their true distance, rounded once; NaN where an infinity meets itself, or for NaN.
+        float64: of two int64 or two uint64 less than 2**62 apart their true distance, rounded once; NaN where an
+        infinity meets itself, or for NaN.
     """
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     gaps = (a.to(wide) - b.to(wide)).abs()

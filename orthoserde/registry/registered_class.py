@@ -83,6 +83,7 @@ class RegisteredClass(Unconstrained):
                 if role in roles:
                     own = roles[role]
                     if own.dtype != tensor.dtype:  # built in the default dtype, trained in another
+                        own.requires_grad_(False)  # integers cannot
                         own.data = torch.empty_like(own, dtype=tensor.dtype)
                     own.copy_(tensor)
             return cast("Tensor", built.eval()(*originals.values()))

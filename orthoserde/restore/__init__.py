@@ -92,7 +92,8 @@ def restore(
         wanted.read(checkpoint, verify=verify)
         digests = completed.checkpoint.manifest.digests if verify else {}
         apply(completed.checkpoint, plan, digests, wanted.apply)
-        _settle(plan, registry)
+        with modes.generators_kept():  # modules are asked once more
+            _settle(plan, registry)
     wanted.finish()
     for outcome in plan.outcomes:
         if outcome.name in completed.weights:

@@ -19,7 +19,7 @@ from orthoserde.json_values import JSON
 from orthoserde.manifest import Manifest, TensorRecord
 from orthoserde.manifest.as_json import decode_manifest, encode_manifest
 from orthoserde.storage.container import Entry, Header, container_form, encode_header, entries_of, storage_order
-from orthoserde.tensor_bytes import contiguous_strides
+from orthoserde.tensor_bytes import contiguous_strides, is_countable
 
 #: The key of ``__metadata__`` that holds the manifest.
 MANIFEST_KEY = "orthoserde"
@@ -151,7 +151,10 @@ def canonical_parts(raw: bytes, data_bytes: int, where: str) -> tuple[Manifest, 
             return None
     except (FileFormatError, ValueError):
         return None
-    entries = entries_of(_forms(manifest.tensors))
+    forms = _forms(manifest.tensors)
+    if not all(is_countable(shape) for _, shape in forms.values()):  # a manifest counts pairs as one
+        return None
+    entries = entries_of(forms)
     last = next(reversed(entries.values()), None)
     return (manifest, entries) if (0 if last is None else last.stop) == data_bytes else None
 

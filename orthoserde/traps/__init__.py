@@ -48,7 +48,8 @@ def diagnose(model: nn.Module, optimizer: Optimizers | None = None) -> list[Find
         >>> [(finding.where, finding.code) for finding in orthoserde.diagnose(model, optimizer)]
         [('weight', 'weight-decay-householder')]
     """
-    inventory = take_inventory(model)
+    with modes.generators_kept():
+        inventory = take_inventory(model)
     optimizers = optimizers_of(optimizer)
     registry = in_process(None)
     found = list(sharing.autocast(inventory))

@@ -48,7 +48,7 @@ class Held:
         value = self.group.get(setting)
         if isinstance(value, Tensor):
             return float(value) if value.numel() == 1 and not value.is_complex() else 0.0
-        return float(value) if isinstance(value, SupportsFloat) else 0.0
+        return float(value) if isinstance(value, SupportsFloat) and getattr(value, "ndim", 0) == 0 else 0.0
 
 
 def held_by(optimizers: Mapping[str, Optimizer]) -> dict[int, list[Held]]:

@@ -64,18 +64,19 @@ def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
 
 
 def _run(parametrization: nn.Module, inputs: list[Tensor]) -> Tensor:
-    """What a parametrization makes of tensors in evaluation mode; its own tensors and its mode stay as they are."""
+    """What a parametrization makes of tensors in evaluation mode; tensors, modes and attributes stay as they are."""
     copies = {name: tensor.detach().clone() for name, tensor in parametrization.named_parameters()}
     copies |= {name: tensor.detach().clone() for name, tensor in parametrization.named_buffers()}
-    modes_before = [(part, part.training) for part in parametrization.modules()]
+    parts = list(parametrization.modules())
+    undo = [_torch.remember_module(part) for part in parts]  # it may keep what it computes
     try:
-        for part, _ in modes_before:
+        for part in parts:
             part.training = False
         with torch.no_grad():
             weight = torch.func.functional_call(parametrization, copies, tuple(inputs))
     finally:
-        for part, mode in modes_before:
-            part.training = mode
+        for put_back in undo:
+            put_back()
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected a tensor, got a {type(weight).__name__}")
     return weight.detach()

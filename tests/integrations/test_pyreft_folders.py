@@ -948,12 +948,16 @@ def test_an_empty_folder_keeps_its_mode_and_the_one_where_the_process_is_stays(
     (tmp_path / "f").chmod(0o2770)
     write(make(), tmp_path / "f")
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o2770
+    (tmp_path / "read").mkdir(mode=0o555)
+    write(make(), tmp_path / "read")
+    assert stat.S_IMODE((tmp_path / "read").stat().st_mode) == 0o555
+    (tmp_path / "read").chmod(0o755)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(FileAccessError, match="the folder where the process is"):
         write(make(), ".")
     assert list(Path.cwd().iterdir()) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "here"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "here", "read"]
 
 
 def test_the_names_in_a_folder_and_its_own_are_forced_to_the_disk(

@@ -89,6 +89,13 @@ def small(tmp_path: Path) -> Path:
 # Round trips
 
 
+def test_both_ways_of_opening_a_file_refuse_the_same_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    storage.write(checkpoint_of({"b": torch.empty(0, 2**31, 2**31, dtype=torch.complex128)}), path)
+    with pytest.raises(FileFormatError, match="the shape is too large"):
+        storage.read(path)
+
+
 def test_a_header_that_its_manifest_gives_is_not_taken_apart_as_well(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,8 +276,6 @@ def make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config:
             )
         os.mkdir(temporary)
         try:
-            if standing is not None:
-                os.chmod(temporary, stat.S_IMODE(standing.st_mode))
             for file_name, state in states.items():
                 content = io.BytesIO()  # torch turns the error of a full disk into one that does not say so
                 torch.save(state, content)
@@ -291,6 +289,8 @@ def make_folder(target: str, states: Mapping[str, Mapping[str, Tensor]], config:
                     text.flush()
                     os.fsync(text.fileno())
             sizes = {entry.name: entry.stat().st_size for entry in os.scandir(temporary)}
+            if standing is not None:
+                os.chmod(temporary, stat.S_IMODE(standing.st_mode))
             storage.sync_folder(temporary)
             if os.path.lexists(target):
                 os.rmdir(target)

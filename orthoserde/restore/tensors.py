@@ -90,7 +90,8 @@ def _match_tensor(table: Table, found: list[Slot], slots: list[Slot]) -> list[tu
 
 def _note_new_tie(table: Table, stored: list[str], slot: Slot) -> None:
     """Note a parameter that is one in the model and several in the file: it goes on as one from here."""
-    if table.manifest.has_configuration and slot.parameter:
+    # A folder of pyreft's holds what is shared as often as it is used, and does not say so.
+    if "orthoserde" in table.manifest.writer and slot.parameter:
         table.plan.lower(Fidelity.UNVERIFIED)
         names = shorten([key for key in stored if key != slot.key])
         table.plan.notes.append(f"{slot.key}: tied in the model to what is separate in the file: {names}")

@@ -122,19 +122,6 @@ def set_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     module._buffers[name] = buffer
 
 
-def remember_tables(module: nn.Module) -> Callable[[], None]:
-    """Remember what is registered on this very module, in order; the result puts it back."""
-    tables: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
-    copies = [dict(table) for table in tables]
-
-    def put_back() -> None:
-        for table, copy in zip(tables, copies, strict=True):
-            table.clear()
-            table.update(copy)
-
-    return put_back
-
-
 def remember_module(module: nn.Module) -> Callable[[], None]:
     """Remember the class and all attributes of this very module, and what its tables hold; the result puts it back."""
     cls, attributes = type(module), dict(vars(module))

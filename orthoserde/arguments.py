@@ -39,22 +39,6 @@ def target_of(path: object, what: str = "path") -> str:
     return name
 
 
-def check_file_name(path: str, otherwise: str = "") -> None:
-    """Refuse a path to write one file to that ends as the name of a folder does: the system would drop that end.
-
-    Args:
-        path: The path.
-        otherwise: What the caller can do to write a folder; nothing by default.
-
-    Raises:
-        ConfigError: It does.
-    """
-    if os.path.basename(path) in ("", os.curdir, os.pardir):
-        raise ConfigError(
-            f"{path}: ends as the name of a folder does, and one file is written; give the name of a file{otherwise}"
-        )
-
-
 def folder_of(path: object, what: str = "folder") -> str:
     """The absolute path of a folder, which need not be there yet.
 
@@ -86,12 +70,7 @@ def device_of(device: object) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (
-        RuntimeError,
-        AssertionError,
-        ValueError,
-        ImportError,
-    ) as error:  # torch without it
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:  # which of them depends on torch's build
         raise ConfigError(f"device: {device!r} cannot be used here: {one_line(error)}") from error
     if found.type == "meta":
         raise ConfigError("device: expected a device with memory, got 'meta'")

@@ -155,8 +155,9 @@ def _measure(
 ) -> tuple[float | None, bool]:
     """Residual of a parametrized tensor, and whether it is on its constraint."""
     if not all(is_built_in(link.codec) for link in links):
-        with modes.generators_kept():
-            return _judge(links[-1], weight_of(checkpoint, record, links, limit))
+        weight = weight_of(checkpoint, record, links, limit)
+        with modes.generators_kept():  # a codec of the user's measures it
+            return _judge(links[-1], weight)
     dry = dry_run(checkpoint, record, links, limit)
     if links[-1].codec.residual(torch.empty(0, 0)) is None:
         return None, True

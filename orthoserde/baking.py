@@ -21,7 +21,7 @@ from orthoserde.parametrizing import unregister
 from orthoserde.registry import Registry
 from orthoserde.reports import BakeReport
 from orthoserde.walk import Inventory, ParametrizedTensor, take_inventory
-from orthoserde.weights.live import computed
+from orthoserde.weights.live import computed, evaluating
 
 
 def bake_(model: nn.Module, *, registry: Registry | None = None) -> BakeReport:
@@ -200,15 +200,8 @@ def _evaluated(tensor: ParametrizedTensor) -> Tensor:
     Raises:
         TypeError: What they compute is no tensor.
     """
-    parts = [part for link in tensor.parametrizations for part in _torch.unwrap(link).modules()]
-    modes = [part.training for part in parts]
-    try:
-        for part in parts:
-            part.training = False
+    with evaluating(part for link in tensor.parametrizations for part in _torch.unwrap(link).modules()):
         weight: object = _torch.parametrization_lists(tensor.module)[tensor.tensor_name]()
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected a tensor, got a {type(weight).__name__}")
     return weight

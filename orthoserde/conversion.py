@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from orthoserde import storage
-from orthoserde.arguments import check_file_name, check_flags, path_of, target_of
+from orthoserde.arguments import check_flags, path_of, target_of
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError, DamagedFileError, FileAccessError
 from orthoserde.integrations import in_process
@@ -335,7 +335,6 @@ def _check_places(source: str, target: str, *, is_folder: bool, force: bool) -> 
             raise FileAccessError(errno.EISDIR, "is a folder; give the name of a file", target)
         return  # an empty one will do, and whoever writes it looks
     if not is_folder:
-        check_file_name(target)
         storage.check_name(target)
     if os.path.lexists(target) and (is_folder or not force):
         hint = (

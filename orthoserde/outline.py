@@ -103,7 +103,7 @@ def outline(manifest: Manifest, *, join_alike: bool = True) -> Branch:
                 dataclasses.replace(leaf, sort="tied", nbytes=0, links=(), note=f"= {record.name}")
             )
             inside.update(record.at(path).tensor_keys())
-    computed = set(manifest.computed)
+    computed = manifest.computed_keys
     for key, tensor in manifest.tensors.items():
         if key not in inside:
             sort = "computed" if key in computed else _sort(tensor) if manifest.has_configuration else ""

@@ -115,13 +115,11 @@ class _Given(nn.Module):
 
 def _snapshot(module: nn.Module, bare: Tensor) -> Callable[[], None]:
     """Remember what registering a parametrization changes on a module; the result puts it back."""
-    cls = type(module)
-    restore_tables = _torch.remember_tables(module)
+    restore_module = _torch.remember_module(module)
     memory = bare.detach()
 
     def undo() -> None:
-        module.__class__ = cls
-        restore_tables()
+        restore_module()
         # In this order: leaving inference mode turns gradients on again.
         with torch.inference_mode(bare.is_inference()), torch.no_grad():
             bare.set_(memory)  # type: ignore[call-overload]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from orthoserde import modes, storage
 from orthoserde.api.neighbours import with_neighbours
-from orthoserde.arguments import check_file_name, check_flags, target_of
+from orthoserde.arguments import check_flags, target_of
 from orthoserde.capture import Select, capture
 from orthoserde.checkpoint import Checkpoint
 from orthoserde.errors import ConfigError
@@ -133,8 +133,7 @@ def save(
     check_model(model)
     name = target_of(path)
     if max_shard_size is None:
-        check_file_name(name, "; max_shard_size saves into a folder")
-        storage.check_name(name)
+        storage.check_name(name, "; max_shard_size saves into a folder")
     prepared = prepare(
         model,
         optimizer=optimizer,

@@ -17,7 +17,7 @@ Object = dict[str, object]
 
 def of_manifest(manifest: Manifest, path: str, file_bytes: int) -> Object:
     """What ``inspect`` says."""
-    computed, training = set(manifest.computed), set(manifest.training_keys)
+    computed, training = manifest.computed_keys, set(manifest.training_keys)
     return {
         "command": "inspect",
         "path": path,

@@ -161,19 +161,17 @@ def _rotation_angles(one: Tensor, two: Tensor) -> Tensor:
     return angles
 
 
-def gap(a: Tensor, b: Tensor) -> Tensor:
-    """``|a - b|`` by element.
+def true_gaps(gaps: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``|a - b|`` by element, where double precision does not hold the elements themselves.
 
     Args:
-        a: Of any shape and dtype.
-        b: Of the same shape.
+        gaps: What double precision makes of ``|a - b|``, float64.
+        a: Of any dtype.
+        b: Of the same shape as ``a`` and ``gaps``.
 
     Returns:
-        float64: of two int64 or two uint64 less than 2**62 apart their true distance, rounded once; NaN where an
-        infinity meets itself, or for NaN.
+        float64: of two int64 or two uint64 less than 2**62 apart their true distance, rounded once, else ``gaps``.
     """
-    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    gaps = (a.to(wide) - b.to(wide)).abs()
     if a.dtype != b.dtype or a.dtype not in (torch.int64, torch.uint64):
         return gaps
     # float64 has 53 bits. A difference in int64 wraps around, so it is right, of unsigned ones too, if it is not large.
@@ -195,12 +193,11 @@ class _Sums:
             self._identical = torch.equal(_bits(left), _bits(right))
         wide = torch.complex128 if left.is_complex() or right.is_complex() else torch.float64
         one, two = left.to(wide), right.to(wide)
-        gaps = gap(left, right)
-        same = (gaps == 0) | (one == two) & one.isinf() | (one.isnan() & two.isnan())
+        same = (one == two) | (one.isnan() & two.isnan())
         finite = one.isfinite() & two.isfinite()
         self._not_comparable += int((~finite & ~same).sum())
         none = torch.zeros((), dtype=torch.float64, device="cpu")
-        apart = torch.where(finite, gaps, none)
+        apart = torch.where(finite, true_gaps((one - two).abs(), left, right), none)
         self._largest = max(self._largest, float(apart.max()) if apart.numel() else 0.0)
         self._apart = math.hypot(self._apart, _norm(apart))
         self._norm = math.hypot(self._norm, _norm(torch.where(finite, one.abs(), none)))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthoserde.comparison.distances import gap
+from orthoserde.comparison.distances import true_gaps
 from orthoserde.proof.held import Held, Stored
 from orthoserde.proof.report import Difference
 from orthoserde.tensor_bytes import DTYPES, contiguous_strides, digest_of, empty_like_recorded
@@ -170,7 +170,8 @@ def _apart(got: Tensor, expected: Tensor) -> tuple[float, float]:
     for one, other in zip(torch.split(got, _ELEMENTS), torch.split(expected, _ELEMENTS), strict=True):
         left, right = one.to(torch.float64), other.to(torch.float64)
         agree = ((left == right) & left.isinf()) | (left.isnan() & right.isnan())
-        difference = torch.where(agree, 0.0, gap(one, other)).nan_to_num(nan=math.inf, posinf=math.inf)
+        gaps = true_gaps((left - right).abs(), one, other)
+        difference = torch.where(agree, 0.0, gaps).nan_to_num(nan=math.inf, posinf=math.inf)
         absolute = max(absolute, float(difference.max()))
         scale = max(scale, float(right.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
     return absolute, scale

@@ -18,7 +18,15 @@ from orthoserde.errors import DamagedFileError, FileFormatError
 from orthoserde.json_values import JSON
 from orthoserde.manifest import Manifest, TensorRecord
 from orthoserde.manifest.as_json import decode_manifest, encode_manifest
-from orthoserde.storage.container import Entry, Header, container_form, encode_header, entries_of, storage_order
+from orthoserde.storage.container import (
+    LENGTH_BYTES,
+    Entry,
+    Header,
+    container_form,
+    encode_header,
+    entries_of,
+    storage_order,
+)
 from orthoserde.tensor_bytes import contiguous_strides, is_countable
 
 #: The key of ``__metadata__`` that holds the manifest.
@@ -141,7 +149,7 @@ def canonical_parts(raw: bytes, data_bytes: int, where: str) -> tuple[Manifest, 
         None where the header is not that of any manifest, or the file is longer or shorter than it says.
     """
     try:
-        text = raw.decode("utf-8", "surrogateescape")
+        text = raw[LENGTH_BYTES:].decode("utf-8")
         start = text.find(_BEFORE_ENVELOPE)
         if start < 0:
             return None

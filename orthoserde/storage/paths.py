@@ -32,12 +32,20 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     return read_index(name) if is_index_name(name) else read_file(name)
 
 
-def check_name(path: str) -> None:
-    """Refuse a path to write one file to that would be read as something else.
+def check_name(path: str, otherwise: str = "") -> None:
+    """Refuse a path to write one file to that would not be read as that file.
+
+    Args:
+        path: The path.
+        otherwise: What the caller can do to write a folder; nothing by default.
 
     Raises:
-        ConfigError: It ends as the name of an index of shards does.
+        ConfigError: It ends as the name of a folder does, which end the system would drop, or as that of an index.
     """
+    if os.path.basename(path) in ("", os.curdir, os.pardir):
+        raise ConfigError(
+            f"{path}: ends as the name of a folder does, and one file is written; give the name of a file{otherwise}"
+        )
     if is_index_name(path):
         raise ConfigError(f"{path}: would be read as the index of shards; give a name that ends in .safetensors")
 

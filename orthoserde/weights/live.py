@@ -6,7 +6,8 @@ registered may compute with what is no state, so it is run itself, in evaluation
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -63,20 +64,26 @@ def computed(tensor: ParametrizedTensor, registry: Registry) -> Tensor | None:
     return weight
 
 
+@contextlib.contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have modules in evaluation mode; then modes and attributes are what they were, for they may keep results."""
+    parts = list(modules)
+    undo = [_torch.remember_module(part) for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for put_back in undo:
+            put_back()
+
+
 def _run(parametrization: nn.Module, inputs: list[Tensor]) -> Tensor:
     """What a parametrization makes of tensors in evaluation mode; tensors, modes and attributes stay as they are."""
     copies = {name: tensor.detach().clone() for name, tensor in parametrization.named_parameters()}
     copies |= {name: tensor.detach().clone() for name, tensor in parametrization.named_buffers()}
-    parts = list(parametrization.modules())
-    undo = [_torch.remember_module(part) for part in parts]  # it may keep what it computes
-    try:
-        for part in parts:
-            part.training = False
-        with torch.no_grad():
-            weight = torch.func.functional_call(parametrization, copies, tuple(inputs))
-    finally:
-        for put_back in undo:
-            put_back()
+    with evaluating(parametrization.modules()), torch.no_grad():
+        weight = torch.func.functional_call(parametrization, copies, tuple(inputs))
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected a tensor, got a {type(weight).__name__}")
     return weight.detach()

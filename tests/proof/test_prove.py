@@ -9,7 +9,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -117,10 +117,10 @@ def test_shards_go_on_as_one_file_does(tmp_path: Path) -> None:
     run = cases.make_all()
     cases.step_all(*run)
     model, optimizer, state = run
-    kept = {"optimizer": optimizer, "state": state, "rng": True, "max_shard_size": 2000}
-    orthoserde.save(model, tmp_path / "start", **kept)  # type: ignore[arg-type]
+    kept: Any = {"optimizer": optimizer, "state": state, "rng": True, "max_shard_size": 2000}
+    orthoserde.save(model, tmp_path / "start", **kept)
     losses = [float(cases.step_all(*run).detach())]
-    orthoserde.save(model, tmp_path / "1", **kept)  # type: ignore[arg-type]
+    orthoserde.save(model, tmp_path / "1", **kept)
     assert (tmp_path / "start").is_dir()
     proof = orthoserde.prove(tmp_path / "start", cases.make_all, cases.step_all, reference=tmp_path / "1", steps=1)
     assert (proof.grade, proof.losses) == (Grade.BIT_EXACT, tuple(losses)), proof
